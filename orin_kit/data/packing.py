@@ -1,0 +1,94 @@
+"""Chats to training rows: token ids, and which of them the student is asked to predict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orin_kit.data.chat import Chat
+from orin_kit.tokenizer import ChatTokenizer
+
+IGNORE = -100  # the label that cross-entropy skips, as in torch and transformers
+
+
+@dataclass(frozen=True)
+class Example:
+    """One chat as tokens: `ids[i]` is input, `trained[i]` says whether token i is an assistant's, to be predicted."""
+
+    ids: list[int]
+    trained: list[bool]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded to one length.
+
+    Attributes:
+        input_ids: int64 `[batch, length]`.
+        labels: int64 `[batch, length]`, `labels[:, i]` is the token to predict *at* position i (already shifted),
+            `IGNORE` where nothing is asked.
+        attention_mask: int64 `[batch, length]`, 1 for real tokens, 0 for padding (on the right).
+    """
+
+    input_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    attention_mask: NDArray[np.int64]
+
+
+def tokenize_chat(tokenizer: ChatTokenizer, chat: Chat) -> Example:
+    """Tokens of a whole chat; assistant turns, up to and with what closes them, are the trained ones.
+
+    Turns are found by rendering ever longer beginnings of the chat, so any chat template works that renders a
+    beginning the same way alone as inside the whole; where a template does not, the whole rest counts as the turn.
+    """
+    ids: list[int] = []
+    trained: list[bool] = []
+    done = ""
+    for turn, message in enumerate(chat):
+        if message.role != "assistant":
+            continue
+        opened = tokenizer.render(chat[:turn], reply=True)
+        closed = tokenizer.render(chat[: turn + 1])
+        if not (opened.startswith(done) and closed.startswith(opened)):
+            continue
+        for text, is_reply in ((opened[len(done) :], False), (closed[len(opened) :], True)):
+            part = tokenizer.encode(text)
+            ids += part
+            trained += [is_reply] * len(part)
+        done = closed
+    return Example(ids, trained)
+
+
+def pack(examples: Iterable[Example], length: int) -> Iterator[Example]:
+    """Join examples in order into rows of at most `length` tokens; an example longer than a row is cut at its end.
+
+    A row reads as one conversation of several turns, so the model also learns to answer with a history before it.
+    """
+    ids: list[int] = []
+    trained: list[bool] = []
+    for example in examples:
+        if ids and len(ids) + len(example.ids) > length:
+            yield Example(ids, trained)
+            ids, trained = [], []
+        ids = (ids + example.ids)[:length]
+        trained = (trained + example.trained)[:length]
+    if ids:
+        yield Example(ids, trained)
+
+
+def collate(rows: Sequence[Example], pad_id: int) -> Batch:
+    """Pad rows on the right to the longest and shift the labels."""
+    length = max(len(row.ids) for row in rows)
+    input_ids = np.full((len(rows), length), pad_id, np.int64)
+    labels = np.full((len(rows), length), IGNORE, np.int64)
+    attention_mask = np.zeros((len(rows), length), np.int64)
+    for i, row in enumerate(rows):
+        n = len(row.ids)
+        ids = np.asarray(row.ids, np.int64)
+        input_ids[i, :n] = ids
+        attention_mask[i, :n] = 1
+        labels[i, : n - 1] = np.where(row.trained[1:], ids[1:], IGNORE)
+    return Batch(input_ids, labels, attention_mask)

@@ -1,0 +1,60 @@
+"""What every runtime backend can do: one of the project's three joints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Backend(Protocol):
+    """A decoder with its KV cache, preallocated for `batch_size` rows of `max_len` tokens.
+
+    Implementations: `backends/onnx.py` (onnxruntime), later `backends/tensorrt.py`.
+    """
+
+    name: str  # what runs, for reports: "onnxruntime 1.32.0 CPUExecutionProvider, 2 threads"
+    vocab_size: int
+    batch_size: int
+    max_len: int
+    lengths: NDArray[np.int64]  # [batch], tokens of each row in the cache
+
+    def prefill(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Append a piece of prompt to every row.
+
+        Args:
+            rows: `batch_size` lists of token ids, of any lengths >= 1. When the cache is not empty, batch must be 1.
+
+        Returns:
+            fp32 logits `[batch, vocab]` after each row's last token.
+
+        Raises:
+            UserError: a row would be longer than `max_len`; nothing has changed then.
+        """
+        ...
+
+    def decode(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append one token `[batch]` to every row; fp32 logits `[batch, vocab]` for the next one.
+
+        Raises:
+            UserError: the cache is full.
+        """
+        ...
+
+    def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits of every position, fp32 `[batch, sequence, vocab]`, for rows `[batch, sequence]` on an empty cache."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens of every row (a shared prefix is kept without computing it again)."""
+        ...
+
+    def reset(self, batch_size: int | None = None) -> None:
+        """Empty the cache, and reallocate it when `batch_size` changes."""
+        ...
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by kind: `weights` (files on disk), `kv_cache`."""
+        ...
