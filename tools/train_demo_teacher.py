@@ -132,7 +132,7 @@ def train(args: argparse.Namespace) -> None:
         loss = F.cross_entropy(logits.float(), torch.from_numpy(batch.labels)[asked])
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not math.isfinite(float(norm)):
+        if not math.isfinite(norm.item()):
             raise SystemExit(f"step {step}: the gradient is not finite; run again to go on from the last checkpoint")
         for o in optimizer:
             o.step()
@@ -141,7 +141,7 @@ def train(args: argparse.Namespace) -> None:
         done = step + 1
         if done % 50 == 0 or done == args.steps:
             speed, seen = seen / (time.perf_counter() - since), 0
-            line: dict[str, Any] = {"step": done, "loss": round(float(loss), 4), "tokens_per_second": round(speed)}
+            line: dict[str, Any] = {"step": done, "loss": round(loss.item(), 4), "tokens_per_second": round(speed)}
             if done % args.eval_every == 0 or done == args.steps:
                 line["calibration"] = {k: round(v, 3) for k, v in accuracy(model, tokenizer, watched).items()}
             print(json.dumps(line), flush=True)
@@ -170,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="holds the checkpoint, the log and, at the end, the model")
     parser.add_argument("--tokenizer", type=Path, help="where the tokenizer files lie, when not in DIRECTORY")
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=64, help="rows a step")
     parser.add_argument("--length", type=int, default=128, help="tokens a row")
     parser.add_argument("--seed", type=int, default=0)

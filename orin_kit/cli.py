@@ -1,0 +1,277 @@
+"""The command line: one thin command a verb. Heavy imports happen inside the verb that needs them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from orin_kit.errors import EXIT_INTERNAL, EXIT_TARGET_MISSED, EXIT_USER, OrinKitError
+
+DIRECTORY = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+ISSUES = "add --debug for the traceback and report it"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="orin-kit", prog_name="orin-kit")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
+    """Distil, quantize, export and profile small language models for the Jetson AGX Orin.
+
+    \b
+    From a teacher to a deployment, each arrow one command and one directory:
+      orin-kit distill RECIPE --out student
+      orin-kit quantize student --out student-int4
+      orin-kit export student-int4 --out student-onnx
+      orin-kit profile student-onnx --out profile
+      orin-kit chat student-onnx
+    All of it at once, on models that come along:
+      orin-kit demo
+    """
+    context.obj = debug
+
+
+def example(*lines: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Append examples to a command's help, one a line."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        body = "\n".join(f"  {line}" for line in lines)
+        command.__doc__ = f"{(command.__doc__ or '').rstrip()}\n\n\b\nExamples:\n{body}\n"
+        return command
+
+    return add
+
+
+out_option = click.option("--out", "-o", type=DIRECTORY, required=True, help="The directory to write.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace OUT when it exists.")
+threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
+provider_option = click.option(
+    "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where onnxruntime runs."
+)
+
+
+@cli.command()
+@click.argument("recipe", type=FILE)
+@out_option
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the recipe.")
+@click.option("--compare", is_flag=True, help="Also train a student without a teacher, over several seeds.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Seeds of --compare.")
+@overwrite_option
+@example(
+    "orin-kit distill calibration/recipes/demo.yaml --out student",
+    "orin-kit distill recipe.yaml -o student --set stages.features.steps=200 --set seed=1",
+    "orin-kit distill recipe.yaml -o compared --compare --seeds 3",
+)
+def distill(
+    recipe: Path, out: Path, overrides: tuple[str, ...], compare: bool, seeds: int, overwrite: bool
+) -> None:
+    """Distil a teacher into a student as RECIPE says: features, attention maps, then the task.
+
+    Killed, it goes on from its last checkpoint when started again.
+    """
+    from orin_kit.distill import Recipe
+    from orin_kit.distill import compare as run_compare
+    from orin_kit.distill import distill as run
+
+    loaded = Recipe.load(recipe, overrides=list(overrides))
+    if compare:
+        run_compare(loaded, out, seeds=seeds, overwrite=overwrite)
+    else:
+        run(loaded, out, overwrite=overwrite)
+
+
+@cli.command()
+@click.argument("model", type=DIRECTORY)
+@out_option
+@click.option("--method", type=click.Choice(["awq", "rtn"]), default="awq", show_default=True,
+              help="awq searches scales on calibration text; rtn just rounds, in little memory.")  # fmt: skip
+@click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="128", show_default=True,
+              help="Input features that share a scale.")  # fmt: skip
+@click.option("--lm-head/--no-lm-head", default=True, show_default=True, help="Quantize the output projection too.")
+@click.option("--embedding-bits", type=click.Choice(["16", "8", "4"]), default="16", show_default=True,
+              help="Bits of the embedding table once exported.")  # fmt: skip
+@click.option("--calibration", type=FILE, help="Chats (.jsonl) to calibrate on.  [default: synthetic tasks]")
+@click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Calibration rows.")
+@click.option("--perplexity/--no-perplexity", default=True, show_default=True, help="Measure before and after.")
+@overwrite_option
+@example(
+    "orin-kit quantize student --out student-int4",
+    "orin-kit quantize student -o student-int4 --calibration chats.jsonl --group-size 64",
+    "orin-kit quantize big-model -o big-int4 --method rtn --no-perplexity --embedding-bits 4",
+)
+def quantize(
+    model: Path, out: Path, group_size: str, embedding_bits: str, **options: Any
+) -> None:
+    """Quantize the linears of MODEL to INT4, group-wise and symmetric (AWQ)."""
+    from orin_kit.quantize.quantize import quantize as run
+
+    results = run(model, out, group_size=int(group_size), embedding_bits=int(embedding_bits), **options)
+    if results.get("perplexity_before"):
+        click.echo(f"perplexity {results['perplexity_before']:.4f} -> {results['perplexity_after']:.4f}")
+    click.echo(f"wrote {out}")
+
+
+@cli.command()
+@click.argument("model", type=DIRECTORY)
+@out_option
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "int4"]),
+              help="Of the weights.  [default: int4 for INT4 checkpoints, else fp32]")  # fmt: skip
+@click.option("--activations", type=click.Choice(["fp32", "fp16"]),
+              help="Also of the KV cache.  [default: fp16 with --precision fp16, else fp32]")  # fmt: skip
+@click.option("--dialect", type=click.Choice(["ort", "reference"]), default="ort", show_default=True,
+              help="ort: onnxruntime's fused operators; reference: standard ONNX only.")  # fmt: skip
+@click.option("--max-len", type=click.IntRange(1), help="Longest context.  [default: the model's, at most 4096]")
+@click.option("--embedding-bits", type=click.Choice(["16", "8", "4"]),
+              help="Bits of the embedding table.  [default: as quantize was told]")  # fmt: skip
+@overwrite_option
+@example(
+    "orin-kit export student-int4 --out student-onnx",
+    "orin-kit export student -o student-fp16 --precision fp16",
+)
+def export(model: Path, out: Path, embedding_bits: str | None, **options: Any) -> None:
+    """Export MODEL, plain or INT4, to ONNX with an in-place KV cache; one graph does prefill and decode."""
+    from orin_kit.export.export import export as run
+
+    results = run(model, out, embedding_bits=int(embedding_bits) if embedding_bits else None, **options)
+    click.echo(f"wrote {out} ({results['model_bytes'] / 1e6:.1f} MB)")
+
+
+@cli.command()
+@click.argument("artifact", type=DIRECTORY)
+@out_option
+@click.option("--prompt-lengths", default="32,128,512", show_default=True, help="Tokens, separated by commas.")
+@click.option("--new-tokens", type=click.IntRange(2), default=32, show_default=True, help="Decoded tokens a run.")
+@click.option("--batch-sizes", default="1", show_default=True, help="Rows, separated by commas.")
+@click.option("--warmup", type=click.IntRange(0), default=2, show_default=True, help="Runs not counted.")
+@click.option("--repeats", type=click.IntRange(1), default=10, show_default=True, help="Runs counted.")
+@click.option("--targets", type=FILE, help="Targets (.yaml).  [default: TTFT 150 ms, TPOT 38 ms, memory 1.1 GB]")
+@threads_option
+@overwrite_option
+@example(
+    "orin-kit profile student-onnx --out profile",
+    "orin-kit profile student-onnx -o profile --prompt-lengths 64,256 --batch-sizes 1,4 --repeats 20",
+)
+def profile(artifact: Path, out: Path, prompt_lengths: str, batch_sizes: str, **options: Any) -> None:
+    """Measure TTFT, TPOT and memory of ARTIFACT and judge them against targets.
+
+    Exit code 3 when a target is missed. The report is a table, report.json and a self-contained report.html.
+    """
+    from orin_kit.profile.profile import profile as run
+
+    lengths, sizes = _numbers("--prompt-lengths", prompt_lengths), _numbers("--batch-sizes", batch_sizes)
+    report = run(artifact, out, prompt_lengths=lengths, batch_sizes=sizes, **options)
+    click.echo(f"wrote {out}")
+    if not all(verdict.passed for verdict in report.verdicts):
+        sys.exit(EXIT_TARGET_MISSED)
+
+
+@cli.command()
+@click.argument("artifact", type=DIRECTORY)
+@click.option("--prompt", help="Answer this one message and leave.")
+@click.option("--system", help="The system message.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 always takes the likeliest token.")
+@click.option("--top-k", type=int, default=0, show_default=True, help="Keep the K likeliest tokens; 0: all.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="Keep the likeliest tokens up to this sum.")
+@click.option("--min-p", type=float, default=0.0, show_default=True, help="Drop tokens below this share of the best.")
+@click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1: repeat less.")
+@click.option("--seed", type=int, help="For the same answer again.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of one answer.")
+@click.option("--max-len", type=click.IntRange(1), help="Context, prompt and answers.  [default: at most 1024]")
+@click.option("--stats", is_flag=True, help="Say TTFT and TPOT after every answer.")
+@threads_option
+@provider_option
+@example(
+    "orin-kit chat student-onnx",
+    'orin-kit chat student-onnx --prompt "What is 12 x 7?"',
+    "echo hello | orin-kit chat student-onnx",
+)
+def chat(
+    artifact: Path, prompt: str | None, system: str | None, max_new_tokens: int, max_len: int | None, stats: bool,
+    threads: int | None, provider: str, **sampling: Any,
+) -> None:  # fmt: skip
+    """Talk to ARTIFACT in the terminal: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves."""
+    from orin_kit.chat.terminal import chat as run
+    from orin_kit.runtime.runtime import open_runtime
+    from orin_kit.runtime.sampler import Sampling
+
+    chosen = Sampling(**sampling)
+    runtime = open_runtime(artifact, max_len=max_len, threads=threads, provider=provider)
+    sys.exit(
+        run(runtime, sampling=chosen, max_new_tokens=max_new_tokens, system=system, prompt=prompt, show_stats=stats)
+    )
+
+
+@cli.command()
+@click.option("--out", "-o", type=DIRECTORY, default=Path("demo-out"), show_default=True, help="The directory to write.")
+@click.option("--fast", is_flag=True, help="A minute, with training too short to learn much.")
+@overwrite_option
+@example("orin-kit demo", "orin-kit demo --fast --out /tmp/demo --overwrite")
+def demo(out: Path, fast: bool, overwrite: bool) -> None:
+    """Run the whole chain on the demo family: distil, quantize, export, profile, and compare, in about 4 minutes."""
+    from orin_kit.demo import demo as run
+
+    run(out, fast=fast, overwrite=overwrite)
+
+
+def main() -> None:
+    """Run the command line; every failure is one line and an exit code (2: the user's, 1: ours, 3: target missed)."""
+    debug = "--debug" in sys.argv
+    try:
+        code = cli.main(args=_debug_anywhere(sys.argv[1:]), standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_INTERNAL)
+    except Exception as error:
+        if debug:
+            raise
+        what, code = explain(error)
+        click.echo(f"orin-kit: {what}", err=True)
+        sys.exit(code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """One line for a failure, with what mends it, and the exit code."""
+    if isinstance(error, OrinKitError):
+        return str(error), error.exit_code
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("orin_kit"):
+        return f"{error.name} is not installed: pip install 'orin-kit[host]'", EXIT_USER
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        if error.errno == errno.ENOSPC:
+            return f"the disk is full{where}: make room and run the command again; nothing was written", EXIT_USER
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"no permission{where}: choose a place of yours or change its permissions", EXIT_USER
+        return f"{error.strerror or error}{where}: {ISSUES}", EXIT_INTERNAL
+    if isinstance(error, MemoryError):
+        return "out of memory: use a smaller batch, a shorter context or a smaller model", EXIT_INTERNAL
+    return f"{type(error).__name__}: {' '.join(str(error).split())}: {ISSUES}", EXIT_INTERNAL
+
+
+def _debug_anywhere(args: list[str]) -> list[str]:
+    """`--debug` belongs to the group, but people add it where the error was: at the end."""
+    rest = [a for a in args if a != "--debug"]
+    return ["--debug", *rest] if len(rest) < len(args) else rest
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise click.BadParameter(f"{text!r} is not a list of positive whole numbers", param_hint=option)
+    return numbers

@@ -1,0 +1,142 @@
+"""What an export dialect is: the same decoder said in another runtime's operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnxscript import GraphBuilder
+
+from orin_kit.export.tensors import EMBEDDING, DecoderTensors, Linear
+
+FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
+NUMPY = {ir.DataType.FLOAT: np.dtype(np.float32), ir.DataType.FLOAT16: np.dtype(np.float16)}
+
+
+class Dialect(Protocol):
+    """One way to say each block of a decoder. `x` is always `[batch, sequence, features]` in the activations' dtype.
+
+    Implementations live in `dialects/` and never import each other.
+    """
+
+    opsets: dict[str, int]
+
+    def __init__(self, graph: Graph) -> None: ...
+
+    def embed(self, ids: ir.Value) -> ir.Value:
+        """Token ids int64 `[batch, sequence]` -> `[batch, sequence, hidden]`."""
+        ...
+
+    def norm(self, x: ir.Value, weight: str) -> ir.Value:
+        """RMS norm over the features."""
+        ...
+
+    def add_norm(self, x: ir.Value, residual: ir.Value, weight: str) -> tuple[ir.Value, ir.Value]:
+        """`(norm(x + residual), x + residual)`."""
+        ...
+
+    def linear(self, x: ir.Value, linear: Linear) -> ir.Value: ...
+
+    def attention(self, qkv: ir.Value, layer: int) -> ir.Value:
+        """Query, key and value side by side -> attended values `[batch, sequence, q_size]`; updates the cache."""
+        ...
+
+    def gate(self, gate_up: ir.Value) -> ir.Value:
+        """`silu(gate) * up` of the two halves."""
+        ...
+
+
+class Graph:
+    """The graph under construction: what every dialect needs to add to it.
+
+    Attributes:
+        build: the graph builder.
+        tensors: the checkpoint.
+        dtype: of the activations, the cache and (unless packed) the weights.
+        ids: input_ids int64 `[batch, sequence]`.
+        past: past_lengths int64 `[batch]`, tokens in each row's cache before this call.
+        max_positions: rows of the rotary tables, the longest context the graph can do.
+        embedding_bits: 16 (as stored), 8 or 4.
+    """
+
+    def __init__(
+        self, build: GraphBuilder, tensors: DecoderTensors, dtype: ir.DataType, max_positions: int, embedding_bits: int
+    ) -> None:
+        self.build, self.tensors, self.dtype = build, tensors, dtype
+        self.spec = tensors.spec
+        self.max_positions, self.embedding_bits = max_positions, embedding_bits
+        self.ids = build.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
+        self.past = build.input("past_lengths", ir.DataType.INT64, ["batch"])
+
+    def weight(
+        self, name: str, shape: tuple[int, ...], make: Callable[[], NDArray[Any]], dtype: ir.DataType | None = None
+    ) -> ir.Value:
+        """An initializer whose data is made when the file is written; the same name twice is the same initializer.
+
+        Args:
+            name: in the graph.
+            shape: of the tensor.
+            make: returns it, in any float dtype (cast here), or bytes `[..., n / 2]` when `dtype` is INT4.
+            dtype: the activations' own when not given.
+        """
+        known = self.build.graph.initializers
+        if name in known:
+            return known[name]
+        dtype = dtype or self.dtype
+
+        def tensor() -> ir.TensorProtocol:
+            data = make()
+            if dtype is ir.DataType.INT4:
+                return ir.PackedTensor(data, dtype, shape=shape, name=name)
+            return ir.tensor(np.ascontiguousarray(data, dtype=NUMPY.get(dtype, data.dtype)), name=name)
+
+        return self.build.initializer(ir.LazyTensor(tensor, dtype, ir.Shape(shape), name=name), name)
+
+    def embedding_table(self) -> ir.Value:
+        """The table `[vocab, hidden]`: in the activations' dtype when a plain head shares it, else in fp16 if that is smaller."""
+        spec, tensors = self.spec, self.tensors
+        shared = tensors.head().parts == (EMBEDDING,)
+        dtype = self.dtype if shared or not tensors.int4 else ir.DataType.FLOAT16
+        return self.weight(f"{EMBEDDING}.weight", (spec.vocab_size, spec.hidden_size), tensors.embedding, dtype)
+
+    def norm_weight(self, name: str, features: int) -> ir.Value:
+        return self.weight(f"{name}.weight", (features,), lambda: self.tensors.vector(name))
+
+    def dense_weight(self, linear: Linear) -> ir.Value:
+        """`[in, out]`, as MatMul wants it."""
+        shape = (linear.in_features, linear.out_features)
+        return self.weight(f"{linear.name}.weight", shape, lambda: self.tensors.dense(linear).T)
+
+    def bias(self, linear: Linear) -> ir.Value | None:
+        if not linear.bias:
+            return None
+        return self.weight(f"{linear.name}.bias", (linear.out_features,), lambda: self.tensors.bias(linear))
+
+    def rotary_tables(self) -> tuple[ir.Value, ir.Value]:
+        """cos and sin `[max_positions, head_dim / 2]`."""
+        shape = (self.max_positions, self.spec.head_dim // 2)
+
+        def table(index: int) -> Callable[[], NDArray[Any]]:
+            return lambda: self.spec.rope.cos_sin(self.max_positions, self.spec.head_dim)[index]
+
+        return self.weight("rotary.cos", shape, table(0)), self.weight("rotary.sin", shape, table(1))
+
+    def cache(self, layer: int) -> tuple[ir.Value, ir.Value]:
+        """The layer's key and value cache inputs `[batch, kv_heads, max_len, head_dim]`."""
+        shape = ["batch", self.spec.num_key_value_heads, "max_len", self.spec.head_dim]
+        key, value = (self.build.input(name, self.dtype, shape) for name in cache_names("past_key_values", layer))
+        return key, value
+
+    def output_cache(self, layer: int, key: ir.Value, value: ir.Value) -> None:
+        for name, output in zip(cache_names("present", layer), (key, value), strict=True):
+            shape = ["batch", self.spec.num_key_value_heads, "max_len", self.spec.head_dim]
+            output.type, output.shape = ir.TensorType(self.dtype), ir.Shape(shape)
+            self.build.add_output(output, name)
+
+
+def cache_names(prefix: str, layer: int) -> tuple[str, str]:
+    """The names of a layer's cache in the graph: `past_key_values.0.key`, `present.0.value`, ..."""
+    return f"{prefix}.{layer}.key", f"{prefix}.{layer}.value"

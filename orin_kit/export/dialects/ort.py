@@ -1,0 +1,144 @@
+"""onnxruntime's own operators: GroupQueryAttention on an in-place cache, MatMulNBits, fused skip norms.
+
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from orin_kit.export.dialect import Graph
+from orin_kit.export.tensors import EMBEDDING, Linear
+from orin_kit.quantize.int4 import matmulnbits_blob, pack, quantize_groups
+
+# MatMulNBits: 4 = activations quantized to int8 within each block, the fast path of the CPU provider.
+ACCURACY_LEVEL = 4
+EMBEDDING_GROUP = 32
+
+
+class OrtDialect:
+    """See `Dialect`. Runs on the CPU and CUDA providers."""
+
+    opsets = {"": 21, "com.microsoft": 1}
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.op = graph, graph.build.op
+        self.ms = graph.build.opset("com.microsoft", 1)
+        sequence = self.op.Shape(graph.ids, start=1, end=2)
+        total = self.op.Add(graph.past, sequence)
+        # GroupQueryAttention counts the last valid index of each row, and wants the longest total as a scalar.
+        self.seqlens_k = self.op.Cast(self.op.Sub(total, [1]), to=ir.DataType.INT32)
+        self.total = self.op.Cast(self.op.ReduceMax(total, keepdims=0), to=ir.DataType.INT32)
+
+    def embed(self, ids: ir.Value) -> ir.Value:
+        graph, spec = self.graph, self.graph.spec
+        if graph.embedding_bits == 16:
+            rows = self.op.Gather(graph.embedding_table(), ids)
+            return self.op.Cast(rows, to=graph.dtype)
+        bits = graph.embedding_bits
+        packed, scales = f"{EMBEDDING}.weight_packed", f"{EMBEDDING}.weight_scale"
+        width = spec.hidden_size * bits // 8
+        return self.ms.GatherBlockQuantized(
+            graph.weight(packed, (spec.vocab_size, width), lambda: self._table()[0], ir.DataType.UINT8),
+            ids,
+            graph.weight(scales, (spec.vocab_size, spec.hidden_size // EMBEDDING_GROUP), lambda: self._table()[1]),
+            bits=bits,
+            block_size=EMBEDDING_GROUP,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    def norm(self, x: ir.Value, weight: str) -> ir.Value:
+        return self._rms(x, weight, self.graph.spec.hidden_size)
+
+    def add_norm(self, x: ir.Value, residual: ir.Value, weight: str) -> tuple[ir.Value, ir.Value]:
+        spec = self.graph.spec
+        scale = self.graph.norm_weight(weight, spec.hidden_size)
+        out = self.ms.SkipSimplifiedLayerNormalization(x, residual, scale, epsilon=spec.rms_norm_eps, _outputs=4)
+        return out[0], out[3]
+
+    def linear(self, x: ir.Value, linear: Linear) -> ir.Value:
+        graph = self.graph
+        if linear.group_size is None:
+            if linear.parts == (EMBEDDING,):
+                return self.ms.FusedMatMul(x, graph.embedding_table(), transB=1)
+            y = self.op.MatMul(x, graph.dense_weight(linear))
+            bias = graph.bias(linear)
+            return y if bias is None else self.op.Add(y, bias)
+        n, k, group = linear.out_features, linear.in_features, linear.group_size
+        blob, scales = f"{linear.name}.weight_packed", f"{linear.name}.weight_scale"
+        return self.ms.MatMulNBits(
+            x,
+            graph.weight(
+                blob,
+                (n, k // group, group // 2),
+                lambda: matmulnbits_blob(graph.tensors.packed(linear)[0], group),
+                ir.DataType.UINT8,
+            ),
+            graph.weight(scales, (n, k // group), lambda: graph.tensors.packed(linear)[1]),
+            None,
+            None,
+            graph.bias(linear),
+            N=n,
+            K=k,
+            bits=4,
+            block_size=group,
+            accuracy_level=ACCURACY_LEVEL,
+        )
+
+    def attention(self, qkv: ir.Value, layer: int) -> ir.Value:
+        graph, spec = self.graph, self.graph.spec
+        key, value = graph.cache(layer)
+        cos, sin = graph.rotary_tables()
+        query, fresh_key, fresh_value = self._split(qkv, layer) if spec.qk_norm else (qkv, None, None)
+        out = self.ms.GroupQueryAttention(
+            query,
+            fresh_key,
+            fresh_value,
+            key,
+            value,
+            self.seqlens_k,
+            self.total,
+            cos,
+            sin,
+            num_heads=spec.num_attention_heads,
+            kv_num_heads=spec.num_key_value_heads,
+            do_rotary=1,
+            rotary_interleaved=0,
+            _outputs=3,
+        )
+        graph.output_cache(layer, out[1], out[2])
+        return out[0]
+
+    def gate(self, gate_up: ir.Value) -> ir.Value:
+        gate, up = self.op.Split(gate_up, num_outputs=2, axis=-1, _outputs=2)
+        return self.op.Mul(self.ms.QuickGelu(gate, alpha=1.0), up)  # x * sigmoid(1.0 x) is SiLU
+
+    def _rms(self, x: ir.Value, weight: str, features: int) -> ir.Value:
+        # onnxruntime keeps this operator of its own in the standard domain.
+        scale = self.graph.norm_weight(weight, features)
+        return self.op.SimplifiedLayerNormalization(x, scale, axis=-1, epsilon=self.graph.spec.rms_norm_eps, stash_type=1)
+
+    def _split(self, qkv: ir.Value, layer: int) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Split query, key and value, and norm each head of the first two (Qwen3)."""
+        spec = self.graph.spec
+        query, key, value = self.op.Split(qkv, [spec.q_size, spec.kv_size, spec.kv_size], axis=-1, _outputs=3)
+        normed = []
+        for name, x, size in (("q_norm", query, spec.q_size), ("k_norm", key, spec.kv_size)):
+            heads = self.op.Reshape(x, [0, 0, size // spec.head_dim, spec.head_dim])
+            heads = self._rms(heads, f"model.layers.{layer}.self_attn.{name}", spec.head_dim)
+            normed.append(self.op.Reshape(heads, [0, 0, size]))
+        return normed[0], normed[1], value
+
+    def _table(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The embedding quantized: bytes `[vocab, hidden * bits / 8]` and scales `[vocab, hidden / EMBEDDING_GROUP]`."""
+        bits = self.graph.embedding_bits
+        table = np.asarray(self.graph.tensors.embedding(), np.float32)
+        q, scales = quantize_groups(table, EMBEDDING_GROUP, bits=bits)
+        if bits == 4:
+            return pack(q).view(np.uint8), scales
+        return (q.astype(np.int16) + 128).astype(np.uint8), scales

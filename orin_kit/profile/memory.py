@@ -1,0 +1,28 @@
+"""Resident memory of this process, now and at its highest."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+
+
+def resident_bytes() -> int:
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_bytes() -> int:
+    """The most that was ever resident.
+
+    Linux keeps it by address space (`VmHWM`, proc(5)), so it starts afresh with the program; `ru_maxrss`, used
+    elsewhere, can start from what the parent process held when it forked.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text("ascii", "replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,75 @@
+"""Runtime: an artifact opened for use, whatever the backend."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from orin_kit.errors import UserError
+from orin_kit.manifest import Manifest, read_manifest
+from orin_kit.runtime.backend import Backend
+from orin_kit.tokenizer import ChatTokenizer
+
+DEFAULT_MAX_LEN = 1024
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A loaded artifact.
+
+    Attributes:
+        directory: where it lies.
+        manifest: its manifest.
+        backend: the decoder; `backend.max_len` bounds prompt and answer together.
+        tokenizer: text to ids and back.
+        load_seconds: the time it took to open.
+    """
+
+    directory: Path
+    manifest: Manifest
+    backend: Backend
+    tokenizer: ChatTokenizer
+    load_seconds: float
+
+
+def open_runtime(
+    directory: str | Path,
+    *,
+    max_len: int | None = None,
+    batch_size: int = 1,
+    threads: int | None = None,
+    provider: str = "cpu",
+) -> Runtime:
+    """Open an ONNX artifact.
+
+    Args:
+        directory: what `orin-kit export` wrote.
+        max_len: tokens a row of the cache can hold; `DEFAULT_MAX_LEN`, or the artifact's own limit if that is less.
+        batch_size: rows of the cache.
+        threads: CPU threads; all the process may use when None.
+        provider: "cpu" or "cuda".
+
+    Raises:
+        ArtifactError: the directory is not a whole ONNX artifact.
+        UserError: `max_len` is longer than the artifact allows.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory, "onnx")
+    limit = int(manifest.settings["max_len"])
+    if max_len is not None and not 1 <= max_len <= limit:
+        what = f"--max-len {max_len} is not between 1 and {limit}, the longest context of {directory}"
+        raise UserError(what, mend=f"lower it, or export again with --max-len {max_len}")
+    started = time.perf_counter()
+    tokenizer = ChatTokenizer(directory)
+    # onnxruntime takes a while to import; the tokenizer's users do not need it.
+    from orin_kit.runtime.backends.onnx import OnnxBackend
+
+    backend = OnnxBackend(
+        directory,
+        max_len=max_len or min(DEFAULT_MAX_LEN, limit),
+        batch_size=batch_size,
+        threads=threads,
+        provider=provider,
+    )
+    return Runtime(directory, manifest, backend, tokenizer, time.perf_counter() - started)
