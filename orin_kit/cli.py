@@ -69,9 +69,7 @@ provider_option = click.option(
     "orin-kit distill recipe.yaml -o student --set stages.features.steps=200 --set seed=1",
     "orin-kit distill recipe.yaml -o compared --compare --seeds 3",
 )
-def distill(
-    recipe: Path, out: Path, overrides: tuple[str, ...], compare: bool, seeds: int, overwrite: bool
-) -> None:
+def distill(recipe: Path, out: Path, overrides: tuple[str, ...], compare: bool, seeds: int, overwrite: bool) -> None:
     """Distil a teacher into a student as RECIPE says: features, attention maps, then the task.
 
     Killed, it goes on from its last checkpoint when started again.
@@ -106,9 +104,7 @@ def distill(
     "orin-kit quantize student -o student-int4 --calibration chats.jsonl --group-size 64",
     "orin-kit quantize big-model -o big-int4 --method rtn --no-perplexity --embedding-bits 4",
 )
-def quantize(
-    model: Path, out: Path, group_size: str, embedding_bits: str, **options: Any
-) -> None:
+def quantize(model: Path, out: Path, group_size: str, embedding_bits: str, **options: Any) -> None:
     """Quantize the linears of MODEL to INT4, group-wise and symmetric (AWQ)."""
     from orin_kit.quantize.quantize import quantize as run
 
@@ -209,7 +205,9 @@ def chat(
 
 
 @cli.command()
-@click.option("--out", "-o", type=DIRECTORY, default=Path("demo-out"), show_default=True, help="The directory to write.")
+@click.option(
+    "--out", "-o", type=DIRECTORY, default=Path("demo-out"), show_default=True, help="The directory to write."
+)
 @click.option("--fast", is_flag=True, help="A minute, with training too short to learn much.")
 @overwrite_option
 @example("orin-kit demo", "orin-kit demo --fast --out /tmp/demo --overwrite")

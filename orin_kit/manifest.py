@@ -142,7 +142,9 @@ def read_manifest(directory: str | Path, *kinds: str, verify: bool = False) -> M
     if manifest.format > FORMAT:
         raise ArtifactError(f"{path} has format {manifest.format}, newer than {FORMAT}", mend="update orin-kit")
     if kinds and manifest.kind not in kinds:
-        raise ArtifactError(f"{directory} is a {manifest.kind} artifact, not {wanted}", mend=f"give a {wanted} artifact")
+        raise ArtifactError(
+            f"{directory} is a {manifest.kind} artifact, not {wanted}", mend=f"give a {wanted} artifact"
+        )
     for name, entry in manifest.files.items():
         file = directory / name
         if not file.is_file():

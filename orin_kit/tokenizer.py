@@ -64,7 +64,7 @@ class ChatTokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_plain(self, text: str) -> list[int]:
-        """Token ids of `text` by itself, as `encode`, with the tokenizer's own post-processing (a BOS where it has one)."""
+        """Token ids of `text` as `encode` gives, with the tokenizer's own post-processing (a BOS where it has one)."""
         return list(self._tokenizer.encode(text, add_special_tokens=True).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
@@ -111,27 +111,31 @@ class TextStream:
 
     def __init__(self, tokenizer: ChatTokenizer, *, skip_special: bool = True) -> None:
         self._tokenizer, self._skip_special = tokenizer, skip_special
-        self._ids: list[int] = []
-        self._start = 0  # ids before it are never decoded again
-        self._said = ""  # text of ids[start:] given out already
+        self._said_ids: list[int] = []  # the tokens of the last piece given out: the context of the next
+        self._new_ids: list[int] = []
 
     def push(self, token: int) -> str:
         """Add one token; return the text that is now certain (often one token's, "" inside a character)."""
-        self._ids.append(token)
-        text = self._tokenizer.decode(self._ids[self._start :], skip_special=self._skip_special)
-        if text.endswith("\ufffd"):
-            return ""
-        fresh = text[len(self._said) :]
-        # Keep one token of context: some decoders strip the blank before a text's first word.
-        self._start = len(self._ids) - 1
-        self._said = self._tokenizer.decode(self._ids[self._start :], skip_special=self._skip_special)
-        return fresh
+        self._new_ids.append(token)
+        fresh = self._fresh()
+        if fresh and not fresh.endswith("\ufffd"):
+            self._said_ids, self._new_ids = self._new_ids, []
+            return fresh
+        return ""
 
     def close(self) -> str:
         """The text still held back, with U+FFFD where the model stopped inside a character."""
-        text = self._tokenizer.decode(self._ids[self._start :], skip_special=self._skip_special)
-        fresh, self._said = text[len(self._said) :], text
+        fresh, self._new_ids = self._fresh(), []
         return fresh
+
+    def _fresh(self) -> str:
+        # Decoded with the piece before, which ends between characters: some decoders strip the blank before a text's
+        # first word, and those with byte tokens (<0xE4>) decode a run of them as one.
+        said, ids = self._said_ids, self._said_ids + self._new_ids
+        return self._decode(ids)[len(self._decode(said)) :]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special=self._skip_special)
 
 
 def _compile(source: str) -> jinja2.Template:

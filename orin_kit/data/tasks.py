@@ -10,6 +10,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from orin_kit.data.chat import Chat, Message
 
@@ -167,16 +168,25 @@ def strings(rng: random.Random) -> Task:
     new = rng.choice([c for c in LETTERS if c not in letters])
     without, doubled, replaced = letters.replace(one, ""), "".join(c + c for c in letters), letters.replace(one, new)
     marked = ", ".join(f"{c} out" if c == one else c for c in letters) + "."
-    verb, (order, steps, result) = rng.choice(
-        [
-            ("reverse", (f"Reverse the letters: {spelled}.", _backwards(letters), letters[::-1])),
-            ("drop", (f"Remove the letter {one} from: {spelled}.", marked, without)),
-            ("double", (f"Write every letter twice: {spelled}.", f"{', '.join(f'{c} {c}' for c in letters)}.", doubled)),
-            ("move", (f"Move the first letter to the end: {spelled}.", f"First {letters[0]}, rest {' '.join(letters[1:])}.", letters[1:] + letters[0])),
-            ("replace", (f"Change {one} to {new} in: {spelled}.", f"{one} becomes {new}.", replaced)),
-            ("drop-reverse", (f"Remove the letter {one}, then reverse the letters: {spelled}.", f"{marked} {_backwards(without)}", without[::-1])),
-        ]
-    )  # fmt: skip
+    pairs, rest = ", ".join(f"{c} {c}" for c in letters), " ".join(letters[1:])
+    variants = {  # verb: order, steps, result
+        "reverse": (f"Reverse the letters: {spelled}.", _backwards(letters), letters[::-1]),
+        "drop": (f"Remove the letter {one} from: {spelled}.", marked, without),
+        "double": (f"Write every letter twice: {spelled}.", f"{pairs}.", doubled),
+        "move": (
+            f"Move the first letter to the end: {spelled}.",
+            f"First {letters[0]}, rest {rest}.",
+            letters[1:] + letters[0],
+        ),
+        "replace": (f"Change {one} to {new} in: {spelled}.", f"{one} becomes {new}.", replaced),
+        "drop-reverse": (
+            f"Remove the letter {one}, then reverse the letters: {spelled}.",
+            f"{marked} {_backwards(without)}",
+            without[::-1],
+        ),
+    }
+    verb = rng.choice(list(variants))
+    order, steps, result = variants[verb]
     detail = {"drop": one, "drop-reverse": one, "replace": one + new}.get(verb, "")
     return Task("strings", f"{verb}:{letters}:{detail}", order, steps, " ".join(result))
 
@@ -197,8 +207,7 @@ def _comparison(rng: random.Random) -> Task:
     people = rng.sample(NAMES, rng.randint(3, 4))
     more, less, most, least = rng.choice(COMPARISONS)
     facts = [
-        f"{a} is {more} than {b}." if rng.random() < 0.5 else f"{b} is {less} than {a}."
-        for a, b in zip(people, people[1:], strict=False)
+        f"{a} is {more} than {b}." if rng.random() < 0.5 else f"{b} is {less} than {a}." for a, b in pairwise(people)
     ]
     rng.shuffle(facts)
     top = rng.random() < 0.5
@@ -210,7 +219,7 @@ def _comparison(rng: random.Random) -> Task:
 def _membership(rng: random.Random) -> Task:
     name, kinds = rng.choice(NAMES), rng.sample(CREATURES, 4)
     chain, stranger = kinds[:3], kinds[3]
-    facts = [f"Every {a} is a {b}." for a, b in zip(chain, chain[1:], strict=False)]
+    facts = [f"Every {a} is a {b}." for a, b in pairwise(chain)]
     facts.append(f"Every {stranger} is a {chain[0]}.")
     rng.shuffle(facts)
     asked = rng.choice((chain[2], stranger))

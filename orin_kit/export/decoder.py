@@ -1,8 +1,8 @@
 """The one decoder graph: prefill and decode of every supported family, said through a dialect.
 
-Inputs: `input_ids` int64 `[batch, sequence]`; `past_lengths` int64 `[batch]`, the tokens each row's cache holds already;
-`logit_positions` int64 `[batch, n]`, where in the sequence logits are wanted; the caches. Outputs: `logits` fp32
-`[batch, n, vocab]` and the updated caches. A row shorter than the others is padded on its right: what the padding
+Inputs: `input_ids` int64 `[batch, sequence]`; `past_lengths` int64 `[batch]`, the tokens that each row's cache holds;
+`logit_positions` int64 `[batch, n]`, where in the sequence logits are wanted; the caches. Outputs: `logits`, fp32
+`[batch, n, vocab]`, and the updated caches. A row shorter than the others is padded on its right: what the padding
 writes into the cache lies behind the row's length and is overwritten by its next tokens.
 """
 
@@ -45,8 +45,8 @@ def build_decoder(
         x = block.linear(x, _linear(tensors, layer, "down_proj", "down_proj"))
         x, residual = block.add_norm(x, residual, "model.norm" if last else f"model.layers.{layer + 1}.input_layernorm")
 
-    wanted = build.op.GatherND(x, build.op.Unsqueeze(positions, [2]), batch_dims=1)
-    logits = build.op.Cast(block.linear(wanted, tensors.head()), to=ir.DataType.FLOAT)
+    wanted = graph.op.GatherND(x, graph.op.Unsqueeze(positions, [2]), batch_dims=1)
+    logits = graph.op.Cast(block.linear(wanted, tensors.head()), to=ir.DataType.FLOAT)
     logits.type, logits.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", "logits", spec.vocab_size])
     build.add_output(logits, "logits")
     _logits_first(build.graph)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ from onnxscript import GraphBuilder
 from orin_kit.export.tensors import EMBEDDING, DecoderTensors, Linear
 
 FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
-NUMPY = {ir.DataType.FLOAT: np.dtype(np.float32), ir.DataType.FLOAT16: np.dtype(np.float16)}
+NUMPY: dict[ir.DataType, np.dtype[Any]] = {ir.DataType.FLOAT: np.dtype(np.float32), ir.DataType.FLOAT16: np.dtype(np.float16)}
 
 
 class Dialect(Protocol):
@@ -22,7 +22,7 @@ class Dialect(Protocol):
     Implementations live in `dialects/` and never import each other.
     """
 
-    opsets: dict[str, int]
+    opsets: Mapping[str, int]
 
     def __init__(self, graph: Graph) -> None: ...
 
@@ -49,11 +49,28 @@ class Dialect(Protocol):
         ...
 
 
+class Ops:
+    """One operator set of a graph under construction, with types: `ops.MatMul(x, w)` is the node's output."""
+
+    def __init__(self, builder: Any) -> None:
+        self._builder = builder
+
+    def __getattr__(self, op_type: str) -> Callable[..., ir.Value]:
+        node: Callable[..., ir.Value] = getattr(self._builder, op_type)
+        return node
+
+    def several(self, op_type: str, count: int, *inputs: ir.Value | None, **attributes: Any) -> Sequence[ir.Value]:
+        """A node of `count` outputs."""
+        outputs: Sequence[ir.Value] = getattr(self._builder, op_type)(*inputs, _outputs=count, **attributes)
+        return outputs
+
+
 class Graph:
     """The graph under construction: what every dialect needs to add to it.
 
     Attributes:
         build: the graph builder.
+        op, ms: the standard operators, and onnxruntime's `com.microsoft`.
         tensors: the checkpoint.
         dtype: of the activations, the cache and (unless packed) the weights.
         ids: input_ids int64 `[batch, sequence]`.
@@ -66,6 +83,7 @@ class Graph:
         self, build: GraphBuilder, tensors: DecoderTensors, dtype: ir.DataType, max_positions: int, embedding_bits: int
     ) -> None:
         self.build, self.tensors, self.dtype = build, tensors, dtype
+        self.op, self.ms = Ops(build.op), Ops(build.opset("com.microsoft", 1))
         self.spec = tensors.spec
         self.max_positions, self.embedding_bits = max_positions, embedding_bits
         self.ids = build.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
@@ -91,12 +109,17 @@ class Graph:
             data = make()
             if dtype is ir.DataType.INT4:
                 return ir.PackedTensor(data, dtype, shape=shape, name=name)
-            return ir.tensor(np.ascontiguousarray(data, dtype=NUMPY.get(dtype, data.dtype)), name=name)
+            cast = data.astype(NUMPY[dtype], copy=False) if dtype in NUMPY else data
+            return ir.tensor(np.ascontiguousarray(cast), name=name)
 
         return self.build.initializer(ir.LazyTensor(tensor, dtype, ir.Shape(shape), name=name), name)
 
+    def constant(self, values: Sequence[int]) -> ir.Value:
+        """An int64 vector."""
+        return self.op.Constant(value_ints=list(values))
+
     def embedding_table(self) -> ir.Value:
-        """The table `[vocab, hidden]`: in the activations' dtype when a plain head shares it, else in fp16 if that is smaller."""
+        """The table `[vocab, hidden]`: in the activations' dtype, or fp16 in an INT4 model with a head of its own."""
         spec, tensors = self.spec, self.tensors
         shared = tensors.head().parts == (EMBEDDING,)
         dtype = self.dtype if shared or not tensors.int4 else ir.DataType.FLOAT16
@@ -126,15 +149,17 @@ class Graph:
 
     def cache(self, layer: int) -> tuple[ir.Value, ir.Value]:
         """The layer's key and value cache inputs `[batch, kv_heads, max_len, head_dim]`."""
-        shape = ["batch", self.spec.num_key_value_heads, "max_len", self.spec.head_dim]
-        key, value = (self.build.input(name, self.dtype, shape) for name in cache_names("past_key_values", layer))
+        names = cache_names("past_key_values", layer)
+        key, value = (self.build.input(name, self.dtype, self._cache_shape()) for name in names)
         return key, value
 
     def output_cache(self, layer: int, key: ir.Value, value: ir.Value) -> None:
         for name, output in zip(cache_names("present", layer), (key, value), strict=True):
-            shape = ["batch", self.spec.num_key_value_heads, "max_len", self.spec.head_dim]
-            output.type, output.shape = ir.TensorType(self.dtype), ir.Shape(shape)
+            output.type, output.shape = ir.TensorType(self.dtype), ir.Shape(self._cache_shape())
             self.build.add_output(output, name)
+
+    def _cache_shape(self) -> list[int | str]:
+        return ["batch", self.spec.num_key_value_heads, "max_len", self.spec.head_dim]
 
 
 def cache_names(prefix: str, layer: int) -> tuple[str, str]:

@@ -44,10 +44,10 @@ def export(
     Args:
         model: checkpoint directory.
         out: the artifact to write (kind `onnx`).
-        precision: of the weights, one of `PRECISIONS`; int4 for INT4 checkpoints and fp32 for others when not given.
+        precision: of the weights, one of `PRECISIONS`; when not given int4 for INT4 checkpoints, else fp32.
         activations: fp32 or fp16, also of the cache; fp16 for precision fp16, else fp32, when not given.
         dialect: a key of `DIALECTS`.
-        max_len: the longest context, prompt and answer together; the model's own, at most `DEFAULT_MAX_LEN`, by default.
+        max_len: the longest context, prompt and answer; by default the model's own, at most `DEFAULT_MAX_LEN`.
         embedding_bits: 16, 8 or 4; what `orin-kit quantize` was told by default.
         overwrite: replace an existing artifact.
         progress: show a progress bar.
@@ -66,7 +66,7 @@ def export(
     activations = activations or ("fp16" if precision == "fp16" else "fp32")
     if precision == "int4" and not packed:
         raise UserError(f"{model} is not quantized", mend=f"run orin-kit quantize {model} --out DIR first")
-    if precision != "int4" and activations != precision:
+    if precision not in ("int4", activations):
         raise UserError(f"{precision} weights need {precision} activations", mend="leave out --activations")
     if embedding_bits is None:
         embedding_bits = _quantized_embedding_bits(model) if precision == "int4" else 16

@@ -62,7 +62,8 @@ class WeightSource:
             self._maps[file] = np.memmap(file, np.uint8, mode="r")
         begin, end = entry["data_offsets"]
         raw = self._maps[file][start + begin : start + end]
-        return raw.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        tensor: NDArray[Any] = raw.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        return tensor
 
     def float32(self, name: str) -> NDArray[np.float32]:
         """The tensor as fp32, a fresh array unless it is stored so."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -45,9 +46,7 @@ class Timings:
     tpot: list[list[float]] = field(default_factory=list)
 
 
-def measure(
-    backend: Backend, work: Workload, vocab_size: int, on_answer: Callable[[], None] = lambda: None
-) -> Timings:
+def measure(backend: Backend, work: Workload, vocab_size: int, on_answer: Callable[[], None] = lambda: None) -> Timings:
     """Time greedy answers to random prompts; stop tokens do not stop them.
 
     Args:
@@ -78,4 +77,4 @@ def _time_answer(backend: Backend, prompts: Sequence[Sequence[int]], new_tokens:
     for _ in range(new_tokens - 1):
         tokens = backend.decode(tokens).argmax(axis=1)
         ticks.append(clock())
-    return np.diff(ticks).tolist()
+    return [after - before for before, after in itertools.pairwise(ticks)]

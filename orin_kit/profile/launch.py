@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -30,8 +31,9 @@ def run_worker(job: Job, on_answer: Callable[[], None] = lambda: None) -> dict[s
         )
         assert worker.stdin and worker.stdout
         try:
-            worker.stdin.write(json.dumps(asdict(job)))
-            worker.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it died at once; its exit code says more
+                worker.stdin.write(json.dumps(asdict(job)))
+                worker.stdin.close()
             for line in worker.stdout:
                 event = json.loads(line)
                 if "answer" in event:

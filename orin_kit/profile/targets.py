@@ -27,11 +27,11 @@ class Targets(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     name: str = "orin-agx"
-    ttft_p95_ms: float | None = Field(150.0, gt=0, allow_inf_nan=False)
-    tpot_p95_ms: float | None = Field(38.0, gt=0, allow_inf_nan=False)
-    memory_gb: float | None = Field(1.1, gt=0, allow_inf_nan=False)
-    prompt_length: int = Field(128, ge=1)
-    batch_size: int = Field(1, ge=1)
+    ttft_p95_ms: float | None = Field(default=150.0, gt=0, allow_inf_nan=False)
+    tpot_p95_ms: float | None = Field(default=38.0, gt=0, allow_inf_nan=False)
+    memory_gb: float | None = Field(default=1.1, gt=0, allow_inf_nan=False)
+    prompt_length: int = Field(default=128, ge=1)
+    batch_size: int = Field(default=1, ge=1)
 
 
 class Verdict(BaseModel):
@@ -73,7 +73,9 @@ def load_targets(path: Path | None) -> Targets:
     if path is None:
         return Targets()
     if not path.is_file():
-        raise UserError(f"no such targets file: {path}", mend="give a .yaml file like calibration/targets/orin-agx.yaml")
+        raise UserError(
+            f"no such targets file: {path}", mend="give a .yaml file like calibration/targets/orin-agx.yaml"
+        )
     fields = ", ".join(Targets.model_fields)
     try:
         return Targets.model_validate(yaml.safe_load(path.read_text("utf-8")))

@@ -22,8 +22,13 @@ CHUNK = 1 << 17  # weights worked on at a time: a few arrays of 0.5 MB, so that 
 SMALLEST_SCALE = float(np.finfo(np.float16).smallest_subnormal)
 
 
-def check_group_size(name: str, in_features: int, group_size: int) -> None:
+def check_group_size(name: str, in_features: int, group_size: int, *, common: int = 0) -> None:
     """Say that a layer cannot be cut into groups.
+
+    Args:
+        name, in_features: the layer.
+        group_size: wanted.
+        common: what the size in the mend has to divide; 0 means `in_features` alone.
 
     Raises:
         UserError: `group_size` is none of `GROUP_SIZES`, or does not divide `in_features`.
@@ -31,7 +36,7 @@ def check_group_size(name: str, in_features: int, group_size: int) -> None:
     if group_size not in GROUP_SIZES:
         raise UserError(f"group size {group_size} is not known", mend=f"use one of {', '.join(map(str, GROUP_SIZES))}")
     if in_features % group_size:
-        fitting = [size for size in GROUP_SIZES if in_features % size == 0]
+        fitting = [size for size in GROUP_SIZES if (common or in_features) % size == 0]
         what = f"{name} has {in_features} input features, which groups of {group_size} do not divide"
         raise UserError(what, mend=f"use --group-size {max(fitting)}" if fitting else "this model cannot be quantized")
 

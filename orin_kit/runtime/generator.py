@@ -48,7 +48,7 @@ class Generator:
     Attributes:
         finish_reason: how the latest answer ended: "stop" (a stop token), "length" (`max_new_tokens`), "full" (the
             cache holds `max_len` tokens), "cancelled" (the iterator was closed, or an exception came); None before.
-        stats: the latest answer's figures; None before its first token.
+        stats: the latest answer's figures, once it has ended; None when it did before its first token.
     """
 
     def __init__(self, backend: Backend, stop_ids: Collection[int]) -> None:
@@ -84,24 +84,30 @@ class Generator:
         return self._generate(prompt, Sampler(sampling, prompt), max_new_tokens)
 
     def _generate(self, prompt: list[int], sampler: Sampler, max_new_tokens: int) -> Iterator[int]:
-        self.finish_reason, self.stats = "cancelled", None
-        started = time.perf_counter()
-        reused, logits = self._prefill(prompt)
-        token, seconds = sampler.next(logits), [time.perf_counter() - started]
-        for count in range(1, max_new_tokens + 1):
-            if token in self.stop_ids:
-                self._finish("stop", len(prompt), reused, count - 1, seconds)
-                return
-            # The figures are kept up at every token: the consumer may never come back.
-            self._finish("cancelled", len(prompt), reused, count, seconds)
-            yield token
-            if count == max_new_tokens or len(self._cached) == self.backend.max_len:
-                self.finish_reason = "length" if count == max_new_tokens else "full"
-                return
+        self.finish_reason, self.stats = "cancelled", None  # until the answer ends otherwise
+        reused, new_tokens, seconds = 0, 0, []
+        try:
             started = time.perf_counter()
-            logits = self._decode(token)
-            token = sampler.next(logits)
-            seconds.append(time.perf_counter() - started)
+            reused, logits = self._prefill(prompt)
+            while True:
+                token = sampler.next(logits)
+                seconds.append(time.perf_counter() - started)
+                if token in self.stop_ids:
+                    self.finish_reason = "stop"
+                    return
+                new_tokens += 1
+                yield token
+                if new_tokens == max_new_tokens:
+                    self.finish_reason = "length"
+                    return
+                if len(self._cached) == self.backend.max_len:
+                    self.finish_reason = "full"
+                    return
+                started = time.perf_counter()
+                logits = self._decode(token)
+        finally:
+            if seconds:
+                self.stats = _stats(len(prompt), reused, new_tokens, seconds)
 
     def _prefill(self, prompt: list[int]) -> tuple[int, NDArray[np.float32]]:
         """Feed what the cache lacks of `prompt`, at least its last token; return how many were there, and logits."""
@@ -109,23 +115,23 @@ class Generator:
         reused = next((i for i in range(known) if self._cached[i] != prompt[i]), known)
         self._cached = self._cached[:reused]
         self.backend.truncate(reused)
-        logits = self.backend.prefill([prompt[reused:]])
-        self._cached = prompt
-        return reused, logits[0]
+        logits: NDArray[np.float32] = self.backend.prefill([prompt[reused:]])[0]
+        self._cached = list(prompt)
+        return reused, logits
 
     def _decode(self, token: int) -> NDArray[np.float32]:
-        logits = self.backend.decode(np.array([token], dtype=np.int64))
+        logits: NDArray[np.float32] = self.backend.decode(np.array([token], dtype=np.int64))[0]
         self._cached.append(token)
-        return logits[0]
+        return logits
 
-    def _finish(self, reason: str, prompt_tokens: int, reused: int, new_tokens: int, seconds: list[float]) -> None:
-        ttft, later = seconds[0], seconds[1:]
-        self.finish_reason = reason
-        self.stats = GenerationStats(
-            prompt_tokens=prompt_tokens,
-            reused_tokens=reused,
-            new_tokens=new_tokens,
-            ttft_seconds=ttft,
-            tpot_seconds=median(later) if later else 0.0,
-            tokens_per_second=len(later) / sum(later) if later else 0.0,
-        )
+
+def _stats(prompt_tokens: int, reused_tokens: int, new_tokens: int, seconds: list[float]) -> GenerationStats:
+    ttft, later = seconds[0], seconds[1:]
+    return GenerationStats(
+        prompt_tokens=prompt_tokens,
+        reused_tokens=reused_tokens,
+        new_tokens=new_tokens,
+        ttft_seconds=ttft,
+        tpot_seconds=median(later) if later else 0.0,
+        tokens_per_second=len(later) / sum(later) if later else 0.0,
+    )

@@ -5,6 +5,8 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,11 +25,10 @@ EMBEDDING_GROUP = 32
 class OrtDialect:
     """See `Dialect`. Runs on the CPU and CUDA providers."""
 
-    opsets = {"": 21, "com.microsoft": 1}
+    opsets: Mapping[str, int] = MappingProxyType({"": 21, "com.microsoft": 1})
 
     def __init__(self, graph: Graph) -> None:
-        self.graph, self.op = graph, graph.build.op
-        self.ms = graph.build.opset("com.microsoft", 1)
+        self.graph, self.op, self.ms = graph, graph.op, graph.ms
         sequence = self.op.Shape(graph.ids, start=1, end=2)
         total = self.op.Add(graph.past, sequence)
         # GroupQueryAttention counts the last valid index of each row, and wants the longest total as a scalar.
@@ -58,8 +59,9 @@ class OrtDialect:
     def add_norm(self, x: ir.Value, residual: ir.Value, weight: str) -> tuple[ir.Value, ir.Value]:
         spec = self.graph.spec
         scale = self.graph.norm_weight(weight, spec.hidden_size)
-        out = self.ms.SkipSimplifiedLayerNormalization(x, residual, scale, epsilon=spec.rms_norm_eps, _outputs=4)
-        return out[0], out[3]
+        name = "SkipSimplifiedLayerNormalization"
+        normed, _, _, total = self.ms.several(name, 4, x, residual, scale, epsilon=spec.rms_norm_eps)
+        return normed, total
 
     def linear(self, x: ir.Value, linear: Linear) -> ir.Value:
         graph = self.graph
@@ -95,7 +97,9 @@ class OrtDialect:
         key, value = graph.cache(layer)
         cos, sin = graph.rotary_tables()
         query, fresh_key, fresh_value = self._split(qkv, layer) if spec.qk_norm else (qkv, None, None)
-        out = self.ms.GroupQueryAttention(
+        attended, key, value = self.ms.several(
+            "GroupQueryAttention",
+            3,
             query,
             fresh_key,
             fresh_value,
@@ -109,24 +113,26 @@ class OrtDialect:
             kv_num_heads=spec.num_key_value_heads,
             do_rotary=1,
             rotary_interleaved=0,
-            _outputs=3,
         )
-        graph.output_cache(layer, out[1], out[2])
-        return out[0]
+        graph.output_cache(layer, key, value)
+        return attended
 
     def gate(self, gate_up: ir.Value) -> ir.Value:
-        gate, up = self.op.Split(gate_up, num_outputs=2, axis=-1, _outputs=2)
+        gate, up = self.op.several("Split", 2, gate_up, num_outputs=2, axis=-1)
         return self.op.Mul(self.ms.QuickGelu(gate, alpha=1.0), up)  # x * sigmoid(1.0 x) is SiLU
 
     def _rms(self, x: ir.Value, weight: str, features: int) -> ir.Value:
         # onnxruntime keeps this operator of its own in the standard domain.
         scale = self.graph.norm_weight(weight, features)
-        return self.op.SimplifiedLayerNormalization(x, scale, axis=-1, epsilon=self.graph.spec.rms_norm_eps, stash_type=1)
+        return self.op.SimplifiedLayerNormalization(
+            x, scale, axis=-1, epsilon=self.graph.spec.rms_norm_eps, stash_type=1
+        )
 
     def _split(self, qkv: ir.Value, layer: int) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Split query, key and value, and norm each head of the first two (Qwen3)."""
-        spec = self.graph.spec
-        query, key, value = self.op.Split(qkv, [spec.q_size, spec.kv_size, spec.kv_size], axis=-1, _outputs=3)
+        graph, spec = self.graph, self.graph.spec
+        sizes = graph.constant([spec.q_size, spec.kv_size, spec.kv_size])
+        query, key, value = self.op.several("Split", 3, qkv, sizes, axis=-1)
         normed = []
         for name, x, size in (("q_norm", query, spec.q_size), ("k_norm", key, spec.kv_size)):
             heads = self.op.Reshape(x, [0, 0, size // spec.head_dim, spec.head_dim])
@@ -135,7 +141,7 @@ class OrtDialect:
         return normed[0], normed[1], value
 
     def _table(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The embedding quantized: bytes `[vocab, hidden * bits / 8]` and scales `[vocab, hidden / EMBEDDING_GROUP]`."""
+        """The embedding quantized: uint8 `[vocab, hidden * bits / 8]`, scales `[vocab, hidden / EMBEDDING_GROUP]`."""
         bits = self.graph.embedding_bits
         table = np.asarray(self.graph.tensors.embedding(), np.float32)
         q, scales = quantize_groups(table, EMBEDDING_GROUP, bits=bits)

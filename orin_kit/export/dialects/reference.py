@@ -5,6 +5,9 @@ https://onnx.ai/onnx/operators/ (Attention-24, TensorScatter-24, RotaryEmbedding
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import numpy as np
 import onnx_ir as ir
 
@@ -16,10 +19,10 @@ from orin_kit.export.tensors import EMBEDDING, Linear
 class ReferenceDialect:
     """See `Dialect`. Plain and slow: the mask is explicit and covers the whole cache."""
 
-    opsets = {"": 24}
+    opsets: Mapping[str, int] = MappingProxyType({"": 24})
 
     def __init__(self, graph: Graph) -> None:
-        self.graph, self.op = graph, graph.build.op
+        self.graph, self.op = graph, graph.op
         if graph.embedding_bits != 16:
             raise UserError("the reference dialect keeps the embedding as it is", mend="use --embedding-bits 16")
         op = self.op
@@ -51,7 +54,8 @@ class ReferenceDialect:
 
     def attention(self, qkv: ir.Value, layer: int) -> ir.Value:
         graph, spec, op = self.graph, self.graph.spec, self.op
-        query, key, value = op.Split(qkv, [spec.q_size, spec.kv_size, spec.kv_size], axis=-1, _outputs=3)
+        sizes = graph.constant([spec.q_size, spec.kv_size, spec.kv_size])
+        query, key, value = op.several("Split", 3, qkv, sizes, axis=-1)
         name = f"model.layers.{layer}.self_attn"
         query = self._rotate(self._heads(query, spec.num_attention_heads), f"{name}.q_norm")
         key = self._rotate(self._heads(key, spec.num_key_value_heads), f"{name}.k_norm")
@@ -64,7 +68,7 @@ class ReferenceDialect:
         return op.Reshape(op.Transpose(out, perm=[0, 2, 1, 3]), [0, 0, spec.q_size])
 
     def gate(self, gate_up: ir.Value) -> ir.Value:
-        gate, up = self.op.Split(gate_up, num_outputs=2, axis=-1, _outputs=2)
+        gate, up = self.op.several("Split", 2, gate_up, num_outputs=2, axis=-1)
         return self.op.Mul(self.op.Mul(gate, self.op.Sigmoid(gate)), up)
 
     def _rms(self, x: ir.Value, weight: str, features: int) -> ir.Value:
@@ -99,5 +103,7 @@ class ReferenceDialect:
             lambda: graph.tensors.packed(linear)[0].view(np.uint8) ^ 0x88,  # offset 8 to two's complement
             ir.DataType.INT4,
         )
-        scales = graph.weight(f"{linear.name}.weight_scale", (n, k // group_size), lambda: graph.tensors.packed(linear)[1])
+        scales = graph.weight(
+            f"{linear.name}.weight_scale", (n, k // group_size), lambda: graph.tensors.packed(linear)[1]
+        )
         return self.op.DequantizeLinear(q, scales, axis=1, block_size=group_size)

@@ -49,6 +49,7 @@ class OnnxBackend:
         self.vocab_size = int(self._session.get_outputs()[0].shape[-1])
         self.max_len = max_len
         self.batch_size = 0
+        self.lengths: NDArray[np.int64] = np.zeros(0, np.int64)
         self.reset(batch_size)
 
     def prefill(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:

@@ -1,0 +1,81 @@
+"""How good a model is: exact match of greedy answers on unseen questions, and loss on held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from orin_kit.data.packing import Example
+from orin_kit.data.scoring import exact_match
+from orin_kit.distill.dataset import Question, in_batches
+from orin_kit.distill.losses import cross_entropy
+from orin_kit.distill.signals import Wants, read_signal
+from orin_kit.tokenizer import ChatTokenizer
+
+
+@torch.no_grad()
+def accuracy(
+    model: PreTrainedModel,
+    tokenizer: ChatTokenizer,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> dict[str, float]:
+    """Share of exact matches by kind of question, and over `all` of them.
+
+    Args:
+        model: any causal LM; left in evaluation mode.
+        advance: told how many questions were answered, for a progress bar.
+    """
+    model.eval().set_attn_implementation("sdpa")
+    prompts = [tokenizer.encode_chat(q.prompt, reply=True) for q in questions]
+    hits: dict[str, list[bool]] = {}
+    # By length: less padding in a batch.
+    order = sorted(range(len(questions)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        replies = answer(model, [prompts[i] for i in chosen], tokenizer.stop_ids, max_new_tokens)
+        for i, reply in zip(chosen, replies, strict=True):
+            hit = exact_match(tokenizer.decode(reply), questions[i].answer)
+            hits.setdefault(questions[i].kind, []).append(hit)
+        advance(len(chosen))
+    scores = {kind: sum(h) / len(h) for kind, h in sorted(hits.items())}
+    return {**scores, "all": sum(map(sum, hits.values())) / len(questions)}
+
+
+def answer(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], stop_ids: frozenset[int], max_new_tokens: int
+) -> list[list[int]]:
+    """Greedy replies to prompts of any lengths, without the stop token."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(stop_ids) or None, pad_token_id=0
+    )
+    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    return [_until_stop(row, stop_ids) for row in out[:, width:].tolist()]
+
+
+def _until_stop(reply: list[int], stop_ids: frozenset[int]) -> list[int]:
+    end = next((i for i, token in enumerate(reply) if token in stop_ids), len(reply))
+    return reply[:end]
+
+
+@torch.no_grad()
+def held_out_loss(model: PreTrainedModel, rows: Sequence[Example], batch_size: int) -> float:
+    """Cross-entropy in nats a token over the assistant tokens of rows the student is not trained on."""
+    training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for batch in in_batches(rows, batch_size, model.device):
+        logits = read_signal(model, batch, Wants(logits=True)).logits
+        assert logits is not None
+        total += float(cross_entropy(logits, batch.labels)) * batch.labels.numel()
+        count += batch.labels.numel()
+    model.train(training)
+    return total / max(count, 1)

@@ -1,0 +1,71 @@
+"""Training state on disk: one file beside the artifact to be, replaced in one move, so a kill leaves old or new."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orin_kit.errors import ArtifactError, UserError
+
+STATE, LOG, HEADS = "state.pt", "train.log.jsonl", "heads.json"
+
+
+class CheckpointStore:
+    """The directory `.NAME.checkpoint` beside the output directory NAME.
+
+    Args:
+        out: the artifact the run will write.
+        identity: hash of everything that decides the result; a checkpoint of another run is never used.
+    """
+
+    def __init__(self, out: Path, identity: str) -> None:
+        self.directory = out.absolute().parent / f".{out.name}.checkpoint"
+        self.identity = identity
+        self.state, self.log, self.heads = (self.directory / name for name in (STATE, LOG, HEADS))
+
+    def open(self, *, overwrite: bool) -> dict[str, Any] | None:
+        """The state to go on from, or None for a fresh start.
+
+        Raises:
+            UserError: there is a checkpoint of another recipe or of other models, and `overwrite` is off.
+            ArtifactError: the checkpoint cannot be read.
+        """
+        if not self.state.is_file():
+            return self._fresh()
+        try:
+            state: dict[str, Any] = torch.load(self.state, map_location="cpu", weights_only=True)
+            identity, logged = state["identity"], state["log_bytes"]
+        except Exception as error:  # whatever torch makes of foreign bytes
+            if overwrite:
+                return self._fresh()
+            what = f"the checkpoint {self.state} cannot be read ({type(error).__name__})"
+            raise ArtifactError(what, mend="add --overwrite to start anew") from error
+        if identity != self.identity:
+            if overwrite:
+                return self._fresh()
+            what = f"{self.directory} holds the checkpoint of another recipe, or of other models or data"
+            raise UserError(what, mend="run that recipe again to go on with it, or add --overwrite to start anew")
+        if self.log.is_file():
+            os.truncate(self.log, logged)  # what was logged after the checkpoint is logged again
+        return state
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write `state` (tensors, numbers, text) in place of the last one."""
+        fresh = self.state.with_suffix(".new")
+        with fresh.open("wb") as file:
+            logged = self.log.stat().st_size if self.log.is_file() else 0
+            torch.save({**state, "identity": self.identity, "log_bytes": logged}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(self.state)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _fresh(self) -> None:
+        self.remove()
+        self.directory.mkdir(parents=True)

@@ -1,0 +1,97 @@
+"""What a run tells: report.json, and the tables on the terminal."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from orin_kit.manifest import made_by
+
+
+def stage_summaries(log: Path) -> dict[str, dict[str, float]]:
+    """For each stage of a train log: steps, first and last loss, and the last of each part of the loss."""
+    stages: dict[str, dict[str, float]] = {}
+    for text in log.read_text("utf-8").splitlines():
+        line = json.loads(text)
+        summary = stages.setdefault(line["stage"], {"steps": 0, "first_loss": line["loss"]})
+        summary |= {"steps": line["step"], "last_loss": line["loss"]}
+        summary |= {f"last_{part}": line[part] for part in ("alignment", "kd", "ce") if part in line}
+    return stages
+
+
+def build_report(
+    scores: Mapping[str, Mapping[str, Any]], log: Path, *, seed: int, seconds: float, items: int
+) -> dict[str, Any]:
+    """The content of report.json.
+
+    Args:
+        scores: by model ("teacher", "start" for the student before, "student" for it now), see `run.score`.
+        log: train.log.jsonl.
+        seconds: spent training.
+        items: number of test questions.
+    """
+    stages = stage_summaries(log)
+    return {
+        "made_by": made_by(),
+        "seed": seed,
+        "test_items": items,
+        "models": {name: dict(score) for name, score in scores.items()},
+        "final_loss": [*stages.values()][-1]["last_loss"] if stages else None,
+        "stages": stages,
+        "train_seconds": round(seconds, 1),
+    }
+
+
+def report_table(report: Mapping[str, Any]) -> Table:
+    """Accuracy of each model of one run, over all and by kind of question."""
+    models: dict[str, dict[str, Any]] = report["models"]
+    kinds = list(next(iter(models.values()))["accuracy"])
+    table = Table(title=f"exact match on {report['test_items']} unseen questions, seed {report['seed']}")
+    for heading in ("model", "parameters", *kinds, "held-out loss"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for name, score in models.items():
+        cells = [f"{100 * score['accuracy'][kind]:.1f} %" for kind in kinds]
+        table.add_row(name, f"{score['parameters'] / 1e6:.2f} M", *cells, f"{score['held_out_loss']:.4f}")
+    return table
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean and sample standard deviation (0 for a single value)."""
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def compare_summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """For each model and kind of question, mean and standard deviation over the seeds.
+
+    Args:
+        runs: one a seed, with `models` by name as in report.json.
+    """
+    summary: dict[str, dict[str, dict[str, float]]] = {}
+    for name in runs[0]["models"]:
+        of_model = [run["models"][name]["accuracy"] for run in runs]
+        summary[name] = {kind: spread([accuracy[kind] for accuracy in of_model]) for kind in of_model[0]}
+    gains = [r["models"]["distilled"]["accuracy"]["all"] - r["models"]["plain"]["accuracy"]["all"] for r in runs]
+    summary["gain"] = {"all": spread(gains)}
+    return summary
+
+
+def compare_table(summary: Mapping[str, Mapping[str, Mapping[str, float]]], seeds: int, items: int) -> Table:
+    models = [name for name in summary if name != "gain"]
+    kinds = list(summary[models[0]])
+    table = Table(title=f"exact match on {items} unseen questions, mean ± standard deviation over {seeds} seeds")
+    for heading in ("model", *kinds):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for name in models:
+        table.add_row(name, *(_percent(summary[name][kind]) for kind in kinds))
+    gain = summary["gain"]["all"]
+    table.caption = f"distilled minus plain, seed by seed: {_percent(gain)} (points)"
+    return table
+
+
+def _percent(value: Mapping[str, float]) -> str:
+    return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}"
