@@ -250,7 +250,7 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
         if error.errno == errno.ENOSPC:
-            return f"the disk is full{where}: make room and run the command again; nothing was written", EXIT_USER
+            return f"the disk is full{where}: make room and run the command again", EXIT_USER
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return f"no permission{where}: choose a place of yours or change its permissions", EXIT_USER
         return f"{error.strerror or error}{where}: {ISSUES}", EXIT_INTERNAL

@@ -8,6 +8,7 @@ directory under the final name, and the manifest, written last, lists every file
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -81,11 +82,11 @@ def write_artifact(
         overwrite: replace an existing artifact, in the moment the new one is complete.
 
     Raises:
-        UserError: `directory` exists, or its parent cannot be written to.
+        UserError: `directory` exists, its parent cannot be written to, or the disk is full.
     """
     final = Path(directory).absolute()
+    _clean_up_after_kills(final)
     check_free(final, overwrite=overwrite)
-    _remove_dead_partials(final)
     partial = final.parent / f".{final.name}.partial-{os.getpid()}"
     partial.mkdir(parents=True)
     writer = ArtifactWriter(partial)
@@ -93,8 +94,10 @@ def write_artifact(
         yield writer
         _write_manifest(writer, kind, inputs, settings)
         _put_in_place(partial, final)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if _says_disk_full(error):
+            raise UserError(f"the disk of {final} is full", mend="make room and run the command again") from error
         raise
 
 
@@ -209,6 +212,13 @@ def _write_manifest(
         os.fsync(file.fileno())
 
 
+def _says_disk_full(error: BaseException) -> bool:
+    """Few libraries keep the error's number: safetensors wraps it in text, numpy counts what it could not write."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return True
+    return any(sign in str(error) for sign in ("No space left on device", " requested and "))
+
+
 def _put_in_place(partial: Path, final: Path) -> None:
     if not final.exists():
         partial.rename(final)
@@ -219,7 +229,7 @@ def _put_in_place(partial: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _remove_dead_partials(final: Path) -> None:
+def _clean_up_after_kills(final: Path) -> None:
     """Remove what killed runs left beside `final`; put back an artifact caught in the middle of being replaced."""
     for kind in ("old", "partial"):
         for left in final.parent.glob(f".{final.name}.{kind}-*"):

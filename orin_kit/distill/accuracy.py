@@ -29,6 +29,10 @@ def accuracy(
 
     Args:
         model: any causal LM; left in evaluation mode.
+        tokenizer: its own.
+        questions: at least one.
+        max_new_tokens: where an answer is cut; a cut one counts as it is.
+        batch_size: questions answered at once.
         advance: told how many questions were answered, for a progress bar.
     """
     model.eval().set_attn_implementation("sdpa")

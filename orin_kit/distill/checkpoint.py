@@ -34,23 +34,28 @@ class CheckpointStore:
             UserError: there is a checkpoint of another recipe or of other models, and `overwrite` is off.
             ArtifactError: the checkpoint cannot be read.
         """
-        if not self.state.is_file():
-            return self._fresh()
+        state = self._read(overwrite) if self.state.is_file() else None
+        if state is not None and state["identity"] != self.identity:
+            if not overwrite:
+                what = f"{self.directory} holds the checkpoint of another recipe, or of other models or data"
+                raise UserError(what, mend="run that recipe again to go on with it, or add --overwrite to start anew")
+            state = None
+        if state is None:
+            self.remove()
+            self.directory.mkdir(parents=True)
+        elif self.log.is_file():
+            os.truncate(self.log, state["log_bytes"])  # what was logged after the checkpoint is logged again
+        return state
+
+    def _read(self, overwrite: bool) -> dict[str, Any] | None:
         try:
             state: dict[str, Any] = torch.load(self.state, map_location="cpu", weights_only=True)
-            identity, logged = state["identity"], state["log_bytes"]
+            _ = state["identity"], state["log_bytes"]
         except Exception as error:  # whatever torch makes of foreign bytes
             if overwrite:
-                return self._fresh()
+                return None
             what = f"the checkpoint {self.state} cannot be read ({type(error).__name__})"
             raise ArtifactError(what, mend="add --overwrite to start anew") from error
-        if identity != self.identity:
-            if overwrite:
-                return self._fresh()
-            what = f"{self.directory} holds the checkpoint of another recipe, or of other models or data"
-            raise UserError(what, mend="run that recipe again to go on with it, or add --overwrite to start anew")
-        if self.log.is_file():
-            os.truncate(self.log, logged)  # what was logged after the checkpoint is logged again
         return state
 
     def save(self, state: dict[str, Any]) -> None:
@@ -65,7 +70,3 @@ class CheckpointStore:
 
     def remove(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
-
-    def _fresh(self) -> None:
-        self.remove()
-        self.directory.mkdir(parents=True)

@@ -98,7 +98,7 @@ class Batches:
 
     def __init__(self, rows: Sequence[Example], batch_size: int, seed: int, device: torch.device) -> None:
         self.rows, self.batch_size, self.seed, self.device = rows, batch_size, seed, device
-        self._order: tuple[int, np.ndarray[tuple[int], np.dtype[np.int64]]] | None = None
+        self._epoch, self._order = -1, np.zeros(0, np.int64)
 
     def batch(self, index: int) -> TensorBatch:
         start = index * self.batch_size
@@ -106,9 +106,9 @@ class Batches:
 
     def _row(self, position: int) -> Example:
         epoch, place = divmod(position, len(self.rows))
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.rows)))
-        return self.rows[self._order[1][place]]
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+        return self.rows[int(self._order[place])]
 
 
 def in_batches(rows: Sequence[Example], batch_size: int, device: torch.device) -> Iterator[TensorBatch]:

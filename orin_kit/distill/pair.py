@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from orin_kit.errors import ArtifactError, UnsupportedModelError, UserError
 from orin_kit.models.spec import read_spec
@@ -60,6 +61,7 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32, seed: int | 
         ArtifactError: weights are missing, damaged, or do not belong to the config.
         UnsupportedModelError: the config is not one that orin-kit knows, or the weights are quantized.
     """
+    logging.disable_progress_bar()  # ours are enough
     if read_spec(directory).quantization_config:
         raise UnsupportedModelError(f"{directory} holds quantized weights", mend="distil first, then quantize")
     if seed is not None:

@@ -16,7 +16,12 @@ from orin_kit.errors import UserError
 
 PATHS = (("teacher",), ("student",), ("data", "chats"))  # resolved against the recipe's own directory
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]  # of a whole that must leave something on both sides
+UpToOne = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
@@ -31,7 +36,7 @@ class Tasks(Section):
     `seed` follows the recipe's own when not given, so that every seed of a comparison draws fresh problems.
     """
 
-    count: int = Field(8000, ge=1)
+    count: Count = 8000
     seed: int | None = None
     kinds: tuple[str, ...] = ()
 
@@ -51,8 +56,8 @@ class Data(Section):
 
     tasks: Tasks | None = None
     chats: Path | None = None
-    held_out: float = Field(0.1, gt=0.0, lt=1.0)
-    row_length: int = Field(512, ge=8)
+    held_out: Fraction = 0.1
+    row_length: Annotated[int, Field(ge=8)] = 512
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
@@ -73,8 +78,8 @@ class Rate(Section):
 class Stage(Rate):
     """What all stages have: how long, how fast, and how much the task's own loss (KD and CE) counts in them."""
 
-    steps: int = Field(200, ge=0)
-    task_weight: float = Field(1.0, ge=0.0, allow_inf_nan=False)
+    steps: CountOrZero = 200
+    task_weight: NotNegative = 1.0
 
 
 class Features(Stage):
@@ -90,17 +95,17 @@ class Attention(Stage):
 
     layers: tuple[int, ...] | None = None
     weight: Positive = 1.0
-    keep_heads: float = Field(0.6, gt=0.0, le=1.0)
+    keep_heads: UpToOne = 0.6
     prefer: Literal["focused", "diffuse"] = "focused"
-    calibration_batches: int = Field(4, ge=1)
+    calibration_batches: Count = 4
 
 
 class Temperature(Section):
     """`start x factor` every `every` steps, never below `floor`."""
 
     start: Positive = 2.0
-    factor: float = Field(0.98, gt=0.0, le=1.0)
-    every: int = Field(10, ge=1)
+    factor: UpToOne = 0.98
+    every: Count = 10
     floor: Positive = 1.0
 
 
@@ -115,7 +120,7 @@ class TeacherWeight(Section):
     low: Share = 0.3
     high: Share = 0.9
     move: Share = 0.05
-    every: int = Field(50, ge=0)
+    every: CountOrZero = 50
 
     @model_validator(mode="after")
     def _ordered(self) -> TeacherWeight:
@@ -127,9 +132,9 @@ class TeacherWeight(Section):
 class Lora(Section):
     """Low-rank adapters (peft), merged into the weights at the end. `targets`: module names, or "all-linear"."""
 
-    r: int = Field(16, ge=1)
-    alpha: Positive = 32.0
-    dropout: float = Field(0.1, ge=0.0, lt=1.0)
+    r: Count = 16
+    alpha: Count = 32
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     targets: tuple[str, ...] | Literal["all-linear"] = ("q_proj", "v_proj")
 
 
@@ -163,18 +168,18 @@ class Recipe(Section):
     data: Data
     stages: Stages = Stages()
     plain: Plain = Plain()
-    seed: int = Field(0, ge=0)
+    seed: CountOrZero = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     optimizer: Literal["adamw", "muon"] = "adamw"
-    weight_decay: float = Field(0.01, ge=0.0, allow_inf_nan=False)
-    batch_size: int = Field(32, ge=1)
-    accumulation: int = Field(1, ge=1)
+    weight_decay: NotNegative = 0.01
+    batch_size: Count = 32
+    accumulation: Count = 1
     clip: Positive = 1.0
-    checkpoint_every: int = Field(100, ge=1)
-    log_every: int = Field(10, ge=1)
-    test_items: int = Field(300, ge=1)
-    max_new_tokens: int = Field(96, ge=1)
-    evaluation_batch: int = Field(128, ge=1)
+    checkpoint_every: Count = 100
+    log_every: Count = 10
+    test_items: Count = 300
+    max_new_tokens: Count = 96
+    evaluation_batch: Count = 128
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ def build_report(
     Args:
         scores: by model ("teacher", "start" for the student before, "student" for it now), see `run.score`.
         log: train.log.jsonl.
+        seed: the recipe's.
         seconds: spent training.
         items: number of test questions.
     """
@@ -48,15 +49,15 @@ def build_report(
 
 
 def report_table(report: Mapping[str, Any]) -> Table:
-    """Accuracy of each model of one run, over all and by kind of question."""
+    """Exact match of each model of one run, by kind of question."""
     models: dict[str, dict[str, Any]] = report["models"]
-    kinds = list(next(iter(models.values()))["accuracy"])
-    table = Table(title=f"exact match on {report['test_items']} unseen questions, seed {report['seed']}")
-    for heading in ("model", "parameters", *kinds, "held-out loss"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
-    for name, score in models.items():
-        cells = [f"{100 * score['accuracy'][kind]:.1f} %" for kind in kinds]
-        table.add_row(name, f"{score['parameters'] / 1e6:.2f} M", *cells, f"{score['held_out_loss']:.4f}")
+    table = Table(title=f"exact match on {report['test_items']} unseen questions")
+    _columns(table, models)
+    for kind in next(iter(models.values()))["accuracy"]:
+        table.add_row(kind, *(f"{100 * score['accuracy'][kind]:.1f} %" for score in models.values()))
+    table.add_section()
+    table.add_row("held-out loss", *(f"{score['held_out_loss']:.4f}" for score in models.values()))
+    table.add_row("parameters", *(f"{score['parameters'] / 1e6:.2f} M" for score in models.values()))
     return table
 
 
@@ -82,15 +83,18 @@ def compare_summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, di
 
 def compare_table(summary: Mapping[str, Mapping[str, Mapping[str, float]]], seeds: int, items: int) -> Table:
     models = [name for name in summary if name != "gain"]
-    kinds = list(summary[models[0]])
-    table = Table(title=f"exact match on {items} unseen questions, mean ± standard deviation over {seeds} seeds")
-    for heading in ("model", *kinds):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
-    for name in models:
-        table.add_row(name, *(_percent(summary[name][kind]) for kind in kinds))
-    gain = summary["gain"]["all"]
-    table.caption = f"distilled minus plain, seed by seed: {_percent(gain)} (points)"
+    table = Table(title=f"exact match on {items} unseen questions, %, mean ± standard deviation over {seeds} seeds")
+    _columns(table, models)
+    for kind in summary[models[0]]:
+        table.add_row(kind, *(_percent(summary[name][kind]) for name in models))
+    table.caption = f"distilled minus plain, seed by seed: {_percent(summary['gain']['all'])} points"
     return table
+
+
+def _columns(table: Table, models: Iterable[str]) -> None:
+    table.add_column()
+    for name in models:
+        table.add_column(name, justify="right")
 
 
 def _percent(value: Mapping[str, float]) -> str:

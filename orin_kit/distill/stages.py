@@ -61,7 +61,7 @@ class StageModule(nn.Module):
         return None
 
     def forward(self, batch: TensorBatch, teacher: Signal, knobs: Knobs) -> dict[str, Tensor]:
-        """Losses by name; `loss` is the one to minimise: `weight x alignment + task_weight x (kd and ce, shared out)`."""
+        """Losses by name; `loss` = weight x alignment + task_weight x (kd and ce, shared out) is minimised."""
         student = read_signal(self.student, batch, self.wants)
         parts: dict[str, Tensor] = {}
         loss = torch.zeros((), device=batch.input_ids.device)

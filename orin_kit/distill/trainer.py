@@ -44,7 +44,7 @@ class Trainer:
     """Trains `pair.student` in place through the recipe's stages.
 
     Every step seeds the random generator with its own number and picks its batch by that number, so a checkpoint
-    holds weights, optimizers and the schedules' state, and a resumed run computes the same numbers as an undisturbed one.
+    holds weights, optimizers and the schedules' state, and a resumed run computes the numbers of an undisturbed one.
     """
 
     def __init__(self, recipe: Recipe, pair: Pair, data: Dataset, store: CheckpointStore) -> None:
@@ -150,7 +150,7 @@ class Trainer:
             if self.store.state.is_file()
             else "no checkpoint yet"
         )
-        what = f"stage {name}, step {step + 1}: the loss is {loss}, its gradient's norm {norm}; {kept}"
+        what = f"stage {name}, step {step + 1}: the loss ({loss}) or its gradient ({norm}) is not finite; {kept}"
         mend = f"lower stages.{name}.learning_rate or use precision: fp32, then start with --overwrite"
         raise TrainingDivergedError(what, mend=mend)
 
@@ -184,9 +184,9 @@ class Trainer:
             return held_out_loss(self.student, self.data.watched, self.recipe.batch_size)
 
     def _seed(self, number: int) -> int:
-        return (
-            self.recipe.seed * 1_000_003 + number * self.accelerator.num_processes
-        ) % 2**63 + self.accelerator.process_index
+        """A seed for the random generator: of one step, or of a stage's beginning, on this process."""
+        of_run = self.recipe.seed * 1_000_003 + number * int(self.accelerator.num_processes)
+        return of_run % 2**63 + int(self.accelerator.process_index)
 
     def _log(self, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:

@@ -8,7 +8,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from orin_kit.profile.plots import plots
-from orin_kit.profile.report import COLUMNS, Report, cells, figure, size
+from orin_kit.profile.report import COLUMNS, Report, cells, figures, size
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
@@ -20,7 +20,7 @@ def render_html(report: Report) -> str:
     return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         report=report,
         missed=[verdict for verdict in report.verdicts if not verdict.passed],
-        figure=figure,
+        figures=figures,
         columns=list(COLUMNS),
         rows=[(point, cells(point)) for point in report.points],
         judged={(verdict.batch_size, verdict.prompt_length) for verdict in report.verdicts},

@@ -16,6 +16,7 @@ TEGRA_RELEASE = Path("/etc/nv_tegra_release")
 DEVICE_TREE_MODEL = Path("/proc/device-tree/model")
 CPUINFO = Path("/proc/cpuinfo")
 OS_RELEASE = Path("/etc/os-release")
+WATCH_S = 0.3
 
 
 class Machine(BaseModel):
@@ -26,7 +27,7 @@ class Machine(BaseModel):
         cores: logical cores that the process may use.
         memory_bytes: installed.
         jetson: first line of `/etc/nv_tegra_release` (the L4T release), None on other machines.
-        load_average: runnable processes over the minute before, so that a busy machine shows.
+        busy_cores: cores that anything used in the `WATCH_S` seconds before the start, so that a busy machine shows.
         date: ISO 8601, UTC.
     """
 
@@ -40,13 +41,13 @@ class Machine(BaseModel):
     python: str
     onnxruntime: str
     orin_kit: str
-    load_average: float
+    busy_cores: float
     date: str
 
     @property
     def busy(self) -> bool:
         """Other work took so much of the machine that the figures are worse than it can do."""
-        return self.load_average > max(0.5, 0.25 * self.cores)
+        return self.busy_cores > 0.3
 
     @property
     def note(self) -> str:
@@ -57,7 +58,7 @@ class Machine(BaseModel):
 
 
 def read_machine(onnxruntime: str) -> Machine:
-    """Describe the running machine.
+    """Describe the running machine; watches it for `WATCH_S` seconds.
 
     Args:
         onnxruntime: version that the measuring process loaded.
@@ -67,13 +68,13 @@ def read_machine(onnxruntime: str) -> Machine:
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_bytes=psutil.virtual_memory().total,
         os=_os(),
-        kernel=platform.release(),
+        kernel=f"{platform.system()} {platform.release()}",
         architecture=platform.machine(),
         jetson=_first_line(TEGRA_RELEASE),
         python=platform.python_version(),
         onnxruntime=onnxruntime,
         orin_kit=made_by(),
-        load_average=round(os.getloadavg()[0], 2),
+        busy_cores=round(psutil.cpu_percent(WATCH_S) / 100 * (psutil.cpu_count() or 1), 2),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
 

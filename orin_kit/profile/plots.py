@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from orin_kit.profile.report import Report, size
+from orin_kit.profile.report import MEMORY_KINDS, Report, size
 from orin_kit.profile.targets import GB
 
 # Text and axes are drawn in this colour, which the page then replaces by its own, light or dark.
@@ -31,13 +31,6 @@ STYLE: Any = {
     "xtick.color": INK,
     "ytick.color": INK,
     "legend.frameon": False,
-}
-MEMORY_KINDS = {
-    "weights": "weights (files)",
-    "kv_cache": "KV cache (reserved)",
-    "baseline": "process before loading",
-    "loaded": "process after loading",
-    "peak": "process peak",
 }
 
 
@@ -63,16 +56,17 @@ def _ttft(report: Report) -> Figure:
     axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
     axes.set_xlim(-0.5, len(lengths) - 0.5)
     axes.set(xlabel="prompt tokens", ylabel="ms")
-    _limit(axes, report.targets.ttft_p95_ms, "ms")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+    _limit(axes, report.targets.ttft_p95_ms)
     return figure
 
 
 def _tpot(report: Report) -> Figure:
     """Every decode step of every point: box from quartile to quartile, whiskers from the 5th to the 95th percentile."""
-    figure, axes = _figure("Time per decoded token by context", width=5.4)
+    figure, axes = _figure("Time per decoded token (quartiles; whiskers 5 to 95 %)", width=5.4)
     several = len({point.batch_size for point in report.points}) > 1
     colors = {batch: color for color, batch in _colors(report)}
-    names = [f"{p.prompt_length}\nbatch {p.batch_size}" if several else str(p.prompt_length) for p in report.points]
+    names = [f"{p.prompt_length}\n×{p.batch_size}" if several else str(p.prompt_length) for p in report.points]
     samples = [point.tpot_ms.samples for point in report.points]
     drawn = axes.boxplot(samples, whis=(5, 95), widths=0.5, patch_artist=True, flierprops={"markersize": 2})
     for part in ("whiskers", "caps", "medians"):
@@ -83,15 +77,15 @@ def _tpot(report: Report) -> Figure:
     for flier in drawn["fliers"]:
         flier.set(markeredgecolor=INK, markerfacecolor="none")
     axes.set_xticks(range(1, len(names) + 1), names)
-    axes.set(xlabel="prompt tokens before the answer", ylabel="ms")
-    _limit(axes, report.targets.tpot_p95_ms, "ms")
+    axes.set(xlabel="prompt tokens × batch size" if several else "prompt tokens", ylabel="ms")
+    _limit(axes, report.targets.tpot_p95_ms)
     return figure
 
 
 def _memory(report: Report) -> Figure:
-    """Memory by kind at the point with the highest peak."""
-    point = max(report.points, key=lambda p: p.memory.peak)
-    figure, axes = _figure(f"Memory by kind ({point.place}, the highest peak)", width=11.2, height=2.6)
+    """Memory by kind at the judged point."""
+    point = report.judged
+    figure, axes = _figure(f"Memory by kind ({point.place})", width=11.2, height=2.6)
     kinds = list(reversed(MEMORY_KINDS))
     values = [getattr(point.memory, kind) for kind in kinds]
     files = ("weights", "kv_cache")
@@ -100,10 +94,10 @@ def _memory(report: Report) -> Figure:
     axes.bar_label(bars, [size(value) for value in values], padding=4, color=INK)
     axes.set(xlabel="GB (1 GB = 1e9 bytes)")
     axes.margins(x=0.12)
-    if report.targets.memory_gb is not None:
-        limit = report.targets.memory_gb
-        axes.axvline(limit, color=LIMIT, linestyle="--", linewidth=1.4, label=f"target {limit:g} GB")
-        axes.legend(loc="lower right")
+    if (limit := report.targets.memory_gb) is not None:
+        axes.axvline(limit, color=LIMIT, linestyle="--", linewidth=1.4)
+        axes.text(limit, 1, f"target {limit:g} GB", color=LIMIT, ha="center", va="bottom",
+                  transform=axes.get_xaxis_transform())  # fmt: skip
     return figure
 
 
@@ -121,14 +115,13 @@ def _colors(report: Report) -> list[tuple[str, int]]:
     return [(SERIES[i % len(SERIES)], batch) for i, batch in enumerate(batches)]
 
 
-def _limit(axes: Axes, limit: float | None, unit: str) -> None:
-    """The target as a line; the axis reaches it, so that the distance shows."""
+def _limit(axes: Axes, limit: float | None) -> None:
+    """The target as a line, named beside the axes; they reach it, so that the distance shows."""
+    axes.set_ylim(bottom=0, top=max(axes.get_ylim()[1], (limit or 0) * 1.1))
     if limit is not None:
-        axes.axhline(limit, color=LIMIT, linestyle="--", linewidth=1.4, label=f"target p95 {limit:g} {unit}")
-    axes.set_ylim(bottom=0, top=max(axes.get_ylim()[1], (limit or 0) * 1.12))
-    if axes.get_legend_handles_labels()[0]:
-        # Beside the curves' low end, or above them all: never on a point.
-        axes.legend(loc="upper left", bbox_to_anchor=(0, 1.0), fontsize=9)
+        axes.axhline(limit, color=LIMIT, linestyle="--", linewidth=1.4)
+        beside = axes.get_yaxis_transform()
+        axes.text(1.01, limit, f"target\n{limit:g} ms", color=LIMIT, va="center", fontsize=9, transform=beside)
 
 
 def _svg(figure: Figure, name: str) -> str:

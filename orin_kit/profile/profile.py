@@ -89,7 +89,7 @@ def profile(
         threads=threads,
         provider=provider,
     )
-    machine = read_machine(onnxruntime="")  # before the start: the load average is of what else runs here
+    machine = read_machine(onnxruntime="")  # before the start: what is busy now is not us
     measured = _measure(jobs, works)
     machine.onnxruntime = measured[0]["onnxruntime"]
     points = [

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from orin_kit.profile.machine import Machine
 from orin_kit.profile.points import Point
-from orin_kit.profile.targets import GB, Targets, Verdict
+from orin_kit.profile.targets import GB, Targets, Verdict, judged
 
 SCHEMA: Final = "orin-kit/profile/1"
 
@@ -66,14 +66,19 @@ class Report(BaseModel):
         return all(verdict.passed for verdict in self.verdicts)
 
     @property
+    def judged(self) -> Point:
+        """The point that the targets are judged at."""
+        return judged(self.points, self.targets)
+
+    @property
     def notes(self) -> list[str]:
         """What a reader must know before believing a figure."""
         notes = [self.machine.note]
         if self.machine.busy:
             machine = self.machine
             notes.append(
-                f"The machine was busy: load average {machine.load_average} on {machine.cores} cores before the "
-                "start, so times are longer than it can do."
+                f"Other work kept {machine.busy_cores:.1f} of {machine.cores} cores busy just before the start, so "
+                "times are longer than this machine can do."
             )
         notes += sorted({verdict.note for verdict in self.verdicts if verdict.note})
         return notes
@@ -82,18 +87,26 @@ class Report(BaseModel):
         return self.model_dump_json(by_alias=True, indent=2) + "\n"
 
 
+# Field of Memory -> its name for people.
+MEMORY_KINDS = {
+    "weights": "weights (files)",
+    "kv_cache": "KV cache (reserved)",
+    "baseline": "process before loading",
+    "loaded": "process after loading",
+    "peak": "process peak",
+}
 # Column -> cell; the terminal and the HTML report show the same ones.
 COLUMNS: dict[str, str] = {
     "batch": "{p.batch_size}",
     "prompt": "{p.prompt_length}",
-    "TTFT ms median": "{p.ttft_ms.median:.1f}",
-    "TTFT ms p95": "{p.ttft_ms.p95:.1f}",
-    "TPOT ms median": "{p.tpot_ms.median:.2f}",
-    "TPOT ms p95": "{p.tpot_ms.p95:.2f}",
-    "prefill tok/s": "{p.prefill_tokens_per_s:.0f}",
-    "decode tok/s": "{p.decode_tokens_per_s:.1f}",
-    "load s": "{p.load_s:.2f}",
-    "peak MB": "{peak:.0f}",
+    "TTFT ms\nmedian": "{p.ttft_ms.median:.1f}",
+    "TTFT ms\np95": "{p.ttft_ms.p95:.1f}",
+    "TPOT ms\nmedian": "{p.tpot_ms.median:.2f}",
+    "TPOT ms\np95": "{p.tpot_ms.p95:.2f}",
+    "prefill\ntok/s": "{p.prefill_tokens_per_s:.0f}",
+    "decode\ntok/s": "{p.decode_tokens_per_s:.1f}",
+    "load\ns": "{p.load_s:.2f}",
+    "peak\nMB": "{peak:.0f}",
 }
 
 
@@ -107,10 +120,12 @@ def size(count: int) -> str:
     return f"{count / GB:.2f} GB" if count >= GB else f"{count / 1e6:.3g} MB"
 
 
-def figure(verdict: Verdict, value: float) -> str:
-    """A measured value or a limit of a verdict with its unit: as many digits as show on which side it is."""
-    digits = 4 if verdict.unit == "GB" else 2
-    return f"{value:.{digits}f}".rstrip("0").rstrip(".") + f" {verdict.unit}"
+def figures(verdict: Verdict) -> tuple[str, str]:
+    """The measured value and the limit with their unit, in digits enough to tell them apart."""
+    digits = 3 if verdict.unit == "GB" else 1
+    while digits < 9 and verdict.measured != verdict.limit == round(verdict.measured, digits):
+        digits += 1
+    return f"{verdict.measured:.{digits}f} {verdict.unit}", f"{verdict.limit:g} {verdict.unit}"
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -123,18 +138,18 @@ def _parts(report: Report) -> list[RenderableType]:
     if model.parameters:
         parameters = f", {model.parameters / 1e6:.4g} M parameters"
     title = f"{model.name}: {model.precision}{parameters}, {size(model.weights_bytes)} on disk; {report.backend}"
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in COLUMNS:
         table.add_column(column, justify="right")
     for point in report.points:
         table.add_row(*cells(point))
-    memory = report.points[-1].memory
-    kinds = ", ".join(f"{kind.replace('_', ' ')} {size(count)}" for kind, count in memory.model_dump().items())
-    parts: list[RenderableType] = [Text(title, style="bold"), table, Text(f"Memory at the last row: {kinds}.")]
+    kinds = ", ".join(f"{name} {size(getattr(report.judged.memory, kind))}" for kind, name in MEMORY_KINDS.items())
+    parts: list[RenderableType] = [Text(title, style="bold"), table, Text(f"Memory at {report.judged.place}: {kinds}.")]
     for verdict in report.verdicts:
         sign, style = ("pass", "green") if verdict.passed else ("MISSED", "bold red")
         relation = "within" if verdict.passed else "above"
-        said = f"{verdict.label} {figure(verdict, verdict.measured)}, {relation} {figure(verdict, verdict.limit)}"
+        measured, limit = figures(verdict)
+        said = f"{verdict.label} {measured}, {relation} {limit}"
         where = f" (batch {verdict.batch_size}, prompt {verdict.prompt_length})"
         parts.append(Text.assemble((f"{sign:>6}  ", style), said, (where, "dim")))
     parts.append(Text(f"{report.method.text}.", style="dim"))

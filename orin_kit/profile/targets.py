@@ -87,15 +87,20 @@ def load_targets(path: Path | None) -> Targets:
         raise UserError(f"{path}: {field}: {first['msg']}", mend=f"fields: {fields}") from error
 
 
-def verdicts(points: Sequence[Point], targets: Targets) -> list[Verdict]:
-    """Judge the point that the targets ask for, or the nearest one measured.
+def judged(points: Sequence[Point], targets: Targets) -> Point:
+    """The point that the targets ask for, or the nearest one measured.
 
     Nearest is the largest batch, then the longest prompt, not above what is asked; when all are above, the least of
     them, which is the harder test.
     """
     batch_size = _nearest([point.batch_size for point in points], targets.batch_size)
     rows = {point.prompt_length: point for point in points if point.batch_size == batch_size}
-    point = rows[_nearest(list(rows), targets.prompt_length)]
+    return rows[_nearest(list(rows), targets.prompt_length)]
+
+
+def verdicts(points: Sequence[Point], targets: Targets) -> list[Verdict]:
+    """Judge every limit at one point (see `judged`); a figure exactly at its limit passes."""
+    point = judged(points, targets)
     asked = (targets.batch_size, targets.prompt_length)
     note = ""
     if (point.batch_size, point.prompt_length) != asked:

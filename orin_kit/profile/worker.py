@@ -60,7 +60,7 @@ def run(job: Job, events: TextIO) -> dict[str, Any]:
             "baseline": baseline,
             "loaded": loaded,
             "load_peak": load_peak,
-            "peak": peak_bytes(),
+            "peak": max(load_peak, peak_bytes()),
         },
     }
 

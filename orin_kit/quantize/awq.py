@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,14 +67,14 @@ class Inputs:
     def add(self, x: torch.Tensor) -> None:
         """Add inputs `[..., in]`."""
         x = x.flatten(0, -2)
-        groups = x.unflatten(1, (-1, self.group_size)).transpose(0, 1)
+        groups = x.view(len(x), -1, self.group_size).transpose(0, 1)
         self.magnitude = self.magnitude.to(x.device) + x.abs().sum(0) / self.count
         self.gram = self.gram.to(x.device) + groups.mT @ groups / self.count
         self.sampled.append(x[:: -(-self.count // SEARCH_TOKENS)].clone())
 
     def divide(self, scale: torch.Tensor) -> None:
         """Follow the producer, whose outputs were divided by `scale` `[in]`."""
-        s = scale.unflatten(0, (-1, self.group_size))
+        s = scale.view(-1, self.group_size)
         self.gram = self.gram / (s[:, :, None] * s[:, None, :])
         self.magnitude = self.magnitude / scale
         self.sampled = [x / scale for x in self.sampled]
@@ -103,7 +104,7 @@ def awq(
         inputs, expected = observe(decoder, layer, hidden, FOLDS[checkpoint.spec.model_type], group_size)
         for fold, read in inputs.items():
             apply_fold(layer, fold, read, checkpoint.spec.head_dim)
-        tensors = {}
+        tensors: dict[str, NDArray[Any]] = {}
         for fold, read in inputs.items():
             for name in fold.consumers:
                 linear = layer.get_submodule(name)
@@ -147,9 +148,9 @@ def apply_fold(layer: nn.Module, fold: Fold, inputs: Inputs, head_dim: int) -> N
     owner = channel_owners(channels, consumers[0].shape[1], head_dim).to(inputs.magnitude.device)
     scale = search_scale(consumers, inputs, owner)
     for parameter in producer.parameters():  # [out, in] or [out]: a norm's weight, a linear's weight and bias
-        parameter /= scale.view(-1, *[1] * (parameter.ndim - 1))
+        parameter.div_(scale.view(-1, *[1] * (parameter.ndim - 1)))
     for weight in consumers:
-        weight *= scale[owner]
+        weight.mul_(scale[owner])
     inputs.divide(scale[owner])
 
 
@@ -158,8 +159,8 @@ def channel_owners(channels: int, in_features: int, head_dim: int) -> torch.Tens
 
     They differ for o_proj in grouped-query attention alone, where several query heads read one value head.
     """
-    heads = torch.arange(channels).unflatten(0, (-1, head_dim if channels != in_features else 1))
-    return heads.repeat_interleave(in_features // channels, 0).flatten()
+    heads = torch.arange(channels).view(-1, head_dim if channels != in_features else 1)
+    return heads.repeat_interleave(in_features // channels, dim=0).view(-1)
 
 
 @torch.no_grad()
@@ -189,7 +190,7 @@ def search_scale(weights: Sequence[torch.Tensor], inputs: Inputs, owner: torch.T
     return best
 
 
-def quantize_linear(linear: nn.Module, inputs: Inputs, name: str) -> dict[str, NDArray[np.generic]]:
+def quantize_linear(linear: nn.Module, inputs: Inputs, name: str) -> dict[str, NDArray[Any]]:
     """Quantize a linear for its inputs, and leave in the module what a runtime will compute with."""
     weight = linear.get_parameter("weight")
     q, scales = quantize_groups(weight.cpu().numpy(), inputs.group_size, gram=inputs.gram.cpu().numpy(), name=name)
@@ -210,7 +211,7 @@ def _head(decoder: LayerwiseDecoder, section: Section, hidden: torch.Tensor, gro
     norm, head = decoder.norm(), nn.Linear(1, 1, bias=False, device="meta")
     head.weight = nn.Parameter(decoder.head(), requires_grad=False)
     inputs = Inputs(hidden.shape[0] * hidden.shape[1], group_size)
-    for batch in hidden.split(HEAD_ROWS):
+    for batch in torch.split(hidden, HEAD_ROWS):
         inputs.add(norm(batch.to(decoder.device)))
     both = nn.ModuleDict({"norm": norm, HEAD: head})
     apply_fold(both, Fold("norm", (HEAD,)), inputs, 1)

@@ -41,8 +41,11 @@ def read_samples(
     """Tokenize a user's chats (jsonl, see `read_chats`) or, without a file, the synthetic reasoning tasks.
 
     Args:
+        tokenizer: the model's, with a chat template.
+        chats: the file, or None.
         samples: rows wanted; a short file gives fewer.
         sample_length: tokens a row.
+        seed: of the order of the chats, or of the tasks.
         vocab_size: the model's.
 
     Raises:
@@ -65,7 +68,7 @@ def read_samples(
     if not held_out:
         what = f"in {source} no held-out chat's answer begins within {sample_length} tokens"
         raise UserError(what, mend="raise --sample-length or give more chats")
-    largest = max(int(rows.max()), max(max(example.ids) for example in held_out))
+    largest = max(int(rows.max()), *(max(example.ids) for example in held_out))
     if largest >= vocab_size:
         what = f"the tokenizer gives token {largest}, the model knows {vocab_size}"
         raise UserError(what, mend="the tokenizer is another model's; copy the right tokenizer.json")

@@ -56,7 +56,7 @@ class Int4Config:
                 raise _unsupported(field, group[field], None)
         weights = group.get("weights") or {}
         for field, expected in WEIGHTS.items():
-            if weights.get(field, WEIGHTS[field] if field == "dynamic" else None) != expected:
+            if weights.get(field, expected if field == "dynamic" else None) != expected:
                 raise _unsupported(f"weights.{field}", weights.get(field), expected)
         if weights.get("group_size") not in GROUP_SIZES:
             raise _unsupported("weights.group_size", weights.get("group_size"), f"one of {GROUP_SIZES}")

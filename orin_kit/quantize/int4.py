@@ -26,7 +26,8 @@ def check_group_size(name: str, in_features: int, group_size: int, *, common: in
     """Say that a layer cannot be cut into groups.
 
     Args:
-        name, in_features: the layer.
+        name: of the layer.
+        in_features: of the layer.
         group_size: wanted.
         common: what the size in the mend has to divide; 0 means `in_features` alone.
 
@@ -89,19 +90,21 @@ def dequantize(q: NDArray[np.int8], scales: NDArray[np.generic], group_size: int
 
 
 def pack(q: NDArray[np.int8]) -> NDArray[np.int32]:
-    """The canonical packing, compressed-tensors' `weight_packed`: q int8 `[out, in]` in [-8, 7] -> int32 `[out, in / 8]`.
+    """Pack q int8 `[out, in]` in [-8, 7] into int32 `[out, in / 8]`, as compressed-tensors' `weight_packed`.
 
     Eight neighbours share a word, the first in the lowest four bits, each stored as q + 8. Little-endian hosts only.
     """
     nibbles = (q + np.int8(8)).view(np.uint8)
-    return (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).view(np.int32)
+    packed: NDArray[np.int32] = (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).view(np.int32)
+    return packed
 
 
 def unpack(packed: NDArray[np.int32]) -> NDArray[np.int8]:
     """`pack` undone: int32 `[out, in / 8]` -> int8 `[out, in]`."""
     pairs = np.ascontiguousarray(packed).view(np.uint8)
     nibbles = np.stack((pairs & 15, pairs >> 4), axis=-1).reshape(pairs.shape[0], -1)
-    return nibbles.view(np.int8) - np.int8(8)
+    q: NDArray[np.int8] = nibbles.view(np.int8) - np.int8(8)
+    return q
 
 
 def matmulnbits_blob(packed: NDArray[np.int32], group_size: int) -> NDArray[np.uint8]:
@@ -153,18 +156,20 @@ def _best_scale(
 
 def _squared(lost: NDArray[np.float32], gram: NDArray[np.float32] | None) -> NDArray[np.float32]:
     """The squared error `[rows, groups]` that lost weights `[rows, groups, group_size]` make in the outputs."""
-    if gram is None:
-        return np.einsum("rgi,rgi->rg", lost, lost)
-    seen = np.matmul(lost.transpose(1, 0, 2), gram).transpose(1, 0, 2)
-    return np.einsum("rgi,rgi->rg", seen, lost)
+    seen = lost if gram is None else np.matmul(lost.transpose(1, 0, 2), gram).transpose(1, 0, 2)
+    error: NDArray[np.float32] = np.einsum("rgi,rgi->rg", seen, lost)
+    return error
 
 
 def _round(groups: NDArray[np.float32], scale: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
-    q = groups * (np.float32(1) / scale)[..., None]
+    q: NDArray[np.float32] = groups * (np.float32(1) / scale)[..., None]
     np.rint(q, out=q)
-    return np.clip(q, -(1 << bits - 1), (1 << bits - 1) - 1, out=q)
+    np.clip(q, -(1 << bits - 1), (1 << bits - 1) - 1, out=q)
+    return q
 
 
 def _as_fp16(scale: NDArray[np.float32]) -> NDArray[np.float32]:
     """Scales as they will be stored; a group of zeros gets the smallest positive one."""
-    return np.maximum(scale.astype(np.float16).astype(np.float32), np.float32(SMALLEST_SCALE))
+    stored: NDArray[np.float32] = scale.astype(np.float16).astype(np.float32)
+    np.maximum(stored, np.float32(SMALLEST_SCALE), out=stored)
+    return stored

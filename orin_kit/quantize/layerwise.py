@@ -30,7 +30,8 @@ class LayerwiseDecoder:
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config  # the layers are built plain
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            build: Any = AutoModelForCausalLM.from_config
+            skeleton = build(config, dtype=torch.float32, attn_implementation="sdpa")
         self._decoder = skeleton.eval().model
         # Its frequencies are no weights, so they are not on disk: made again, off the meta device.
         self._rotary = type(self._decoder.rotary_emb)(config=config).to(self.device)

@@ -54,7 +54,8 @@ def quantize(
         embedding_bits: what the exporter makes of the embedding table: 16, 8 or 4. compressed-tensors checkpoints
             that transformers loads keep it in fp16, so here it is only written down.
         calibration: chats (jsonl) to calibrate and measure on; the synthetic reasoning tasks when None.
-        samples, sample_length: rows of calibration text, and tokens of each.
+        samples: rows of calibration text.
+        sample_length: tokens of each.
         perplexity: measure it on held-out chats, before and after.
         overwrite: replace `out`.
         seed: of the choice of samples.

@@ -7,6 +7,7 @@ https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -97,7 +98,7 @@ class TensorFiles:
 
 def _bytes(entry: tuple[Any, tuple[int, ...]]) -> int:
     dtype, shape = entry
-    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    return math.prod(shape) * int(np.dtype(dtype).itemsize)
 
 
 def _shards(plan: Plan, limit: int) -> list[list[str]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections import abc
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -14,7 +15,7 @@ from orin_kit.errors import UserError
 from orin_kit.runtime.backend import Backend
 from orin_kit.runtime.sampler import Sampler, Sampling
 
-FINISH_REASONS = ("stop", "length", "full", "cancelled")
+Tokens = abc.Generator[int, None, None]  # an iterator that can be closed
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Generator:
         """The tokens whose keys and values are in the cache: a prompt that begins with them costs only its rest."""
         return tuple(self._cached)
 
-    def stream(self, ids: Sequence[int], sampling: Sampling, *, max_new_tokens: int) -> Iterator[int]:
+    def stream(self, ids: Sequence[int], sampling: Sampling, *, max_new_tokens: int) -> Tokens:
         """Continue `ids`; gives the tokens one by one, without the stop token.
 
         Closing the iterator, or an exception at any point, leaves the cache good for the next call.
@@ -83,7 +84,7 @@ class Generator:
             raise UserError(f"max_new_tokens is {max_new_tokens}", mend="give 1 or more")
         return self._generate(prompt, Sampler(sampling, prompt), max_new_tokens)
 
-    def _generate(self, prompt: list[int], sampler: Sampler, max_new_tokens: int) -> Iterator[int]:
+    def _generate(self, prompt: list[int], sampler: Sampler, max_new_tokens: int) -> Tokens:
         self.finish_reason, self.stats = "cancelled", None  # until the answer ends otherwise
         reused, new_tokens, seconds = 0, 0, []
         try:

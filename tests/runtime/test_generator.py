@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from families import save_model
 from numpy.typing import NDArray
 
+from families import save_model
 from orin_kit.errors import OrinKitError, UserError
 from orin_kit.export.export import export
 from orin_kit.runtime.backends.onnx import OnnxBackend
@@ -90,7 +90,7 @@ def test_a_closed_answer_leaves_the_cache_good(exported: SimpleNamespace, taken:
     ids = prompt_of(40, 5)
     stream = generator.stream(ids, GREEDY, max_new_tokens=50)
     said = list(islice(stream, taken))
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     if taken:
         assert generator.finish_reason == "cancelled"
         assert generator.stats is not None and generator.stats.new_tokens == taken
@@ -195,7 +195,7 @@ def run(generator: Generator, ids: list[int], take: int) -> list[int]:
                 break
     except KeyboardInterrupt:
         assert generator.finish_reason == "cancelled"
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     return said
 
 
