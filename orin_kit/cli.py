@@ -143,7 +143,13 @@ def export(model: Path, out: Path, embedding_bits: str | None, **options: Any) -
 @click.argument("artifact", type=DIRECTORY)
 @out_option
 @click.option("--prompt-lengths", default="32,128,512", show_default=True, help="Tokens, separated by commas.")
-@click.option("--new-tokens", type=click.IntRange(2), default=32, show_default=True, help="Decoded tokens a run.")
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(2),
+    default=32,
+    show_default=True,
+    help="Tokens of an answer; the first comes from the prefill.",
+)
 @click.option("--batch-sizes", default="1", show_default=True, help="Rows, separated by commas.")
 @click.option("--warmup", type=click.IntRange(0), default=2, show_default=True, help="Runs not counted.")
 @click.option("--repeats", type=click.IntRange(1), default=10, show_default=True, help="Runs counted.")

@@ -23,7 +23,7 @@ from orin_kit.quantize.layerwise import LayerwiseDecoder
 
 RATIOS = 20  # tried, from 0 (no scaling) to 1
 SEARCH_TOKENS = 512  # inputs that a search computes outputs for
-SEARCH_ROWS = 8192  # output channels that a search computes, evenly spread; only heads have many more
+SEARCH_ROWS = 2048  # output channels that a search computes, evenly spread
 HEAD_ROWS = 8  # calibration rows that are normed together
 LEAST = 1e-4  # of the mean: a silent channel is not scaled further down than this
 
@@ -199,7 +199,7 @@ def quantize_linear(linear: nn.Module, inputs: Inputs, name: str) -> dict[str, N
 
 
 def _rounded(weight: torch.Tensor, group_size: int) -> torch.Tensor:
-    q, scales = quantize_groups(weight.cpu().numpy(), group_size, search=False)
+    q, scales = quantize_groups(weight.cpu().numpy(), group_size)
     return torch.from_numpy(dequantize(q, scales, group_size)).to(weight.device)
 
 

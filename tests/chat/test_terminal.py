@@ -309,14 +309,18 @@ def test_ctrl_c_ends_a_one_shot_with_130_and_the_answer_so_far(artifacts: Simple
     reference = Reference(artifacts.plain, max_len=8192)
     options = ("--max-len", "8192", "--max-new-tokens", "7000", "--prompt", "Tell me all.")
     with subprocess.Popen(
-        arguments(artifacts.plain, *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+        arguments(artifacts.plain, *options),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+        bufsize=0,
     ) as process:
         assert process.stdout is not None
-        begun = process.stdout.read(20)
+        begun = process.stdout.read(20)  # at most
         process.send_signal(signal.SIGINT)
         rest, notes = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert notes.decode() == "[stopped]\n"
     given = (begun + rest).decode().removesuffix("\n")
     whole = reference.shown(reference.say(reference.first_ids("Tell me all."), 300))
-    assert len(given) >= 20 and (given.startswith(whole) or whole.startswith(given.rstrip("\ufffd")))
+    assert given and (given.startswith(whole) or whole.startswith(given.rstrip("\ufffd")))

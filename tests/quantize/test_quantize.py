@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import DEMO_TEACHER, save_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from families import DEMO_TEACHER, save_model
 from orin_kit.data.chat import write_chats
 from orin_kit.data.tasks import distinct
 from orin_kit.errors import ArtifactError, OrinKitError, UserError
