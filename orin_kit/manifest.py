@@ -205,11 +205,11 @@ def _write_manifest(
         results=writer.results,
     )
     path = writer.directory / MANIFEST
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(asdict(manifest), file, indent=2, default=str)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with path.open("w", encoding="utf-8") as stream:
+        json.dump(asdict(manifest), stream, indent=2, default=str)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _says_disk_full(error: BaseException) -> bool:

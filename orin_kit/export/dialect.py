@@ -13,7 +13,6 @@ from onnxscript import GraphBuilder
 from orin_kit.export.tensors import EMBEDDING, DecoderTensors, Linear
 
 FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
-NUMPY: dict[ir.DataType, np.dtype[Any]] = {ir.DataType.FLOAT: np.dtype(np.float32), ir.DataType.FLOAT16: np.dtype(np.float16)}
 
 
 class Dialect(Protocol):
@@ -109,8 +108,7 @@ class Graph:
             data = make()
             if dtype is ir.DataType.INT4:
                 return ir.PackedTensor(data, dtype, shape=shape, name=name)
-            cast = data.astype(NUMPY[dtype], copy=False) if dtype in NUMPY else data
-            return ir.tensor(np.ascontiguousarray(cast), name=name)
+            return ir.tensor(np.ascontiguousarray(data.astype(dtype.numpy(), copy=False)), name=name)
 
         return self.build.initializer(ir.LazyTensor(tensor, dtype, ir.Shape(shape), name=name), name)
 

@@ -7,7 +7,8 @@ compressed-tensors all read this.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 # squared error on Gaussian weights, group 128: max/7 13.8e-3, max/8 11.2e-3, these six 10.3e-3, 41 of them 10.2e-3.
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 CHUNK = 1 << 17  # weights worked on at a time: a few arrays of 0.5 MB, so that the search stays in the cache
+THREADS = min(8, os.cpu_count() or 1)
 SMALLEST_SCALE = float(np.finfo(np.float16).smallest_subnormal)
 
 
@@ -74,12 +76,17 @@ def quantize_groups(
     q = np.empty((rows, columns), np.int8)
     scales = np.empty((rows, columns // group_size), np.float16)
     shares = SHARES if search and bits == 4 else SHARES[:1]
-    for part in _row_chunks(rows, columns):
+
+    def work(part: slice) -> None:
         groups = np.asarray(weight[part], np.float32).reshape(-1, columns // group_size, group_size)
         base = _widest_scale(groups, bits, name)
         scale = base if len(shares) == 1 else _best_scale(groups, base, shares, bits, gram)
         q[part] = _round(groups, scale, bits).reshape(-1, columns)
         scales[part] = scale
+
+    step = max(1, CHUNK // columns)
+    with ThreadPoolExecutor(THREADS) as pool:  # numpy lets go of the interpreter in each operation
+        list(pool.map(work, [slice(start, start + step) for start in range(0, rows, step)]))
     return q, scales
 
 
@@ -114,12 +121,6 @@ def matmulnbits_blob(packed: NDArray[np.int32], group_size: int) -> NDArray[np.u
     https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
     """
     return np.ascontiguousarray(packed).view(np.uint8).reshape(packed.shape[0], -1, group_size // 2)
-
-
-def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, CHUNK // columns)
-    for start in range(0, rows, step):
-        yield slice(start, start + step)
 
 
 def _widest_scale(groups: NDArray[np.float32], bits: int, name: str) -> NDArray[np.float32]:

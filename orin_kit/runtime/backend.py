@@ -44,11 +44,11 @@ class Backend(Protocol):
         ...
 
     def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits of every position, fp32 `[batch, sequence, vocab]`, for rows `[batch, sequence]` on an empty cache."""
+        """Logits of every position, fp32 `[batch, sequence, vocab]`, of rows `[batch, sequence]`; empties the cache."""
         ...
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens of every row (a shared prefix is kept without computing it again)."""
+        """Forget all but the first `length` tokens of every row: a shared prefix is kept, not computed again."""
         ...
 
     def reset(self, batch_size: int | None = None) -> None:

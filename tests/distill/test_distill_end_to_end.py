@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from orin_kit.data.chat import Message, write_chats
 from orin_kit.data.scoring import exact_match
 from orin_kit.data.tasks import distinct
-from orin_kit.distill import Recipe, comparison, compare, distill
+from orin_kit.distill import Recipe, compare, comparison, distill
 from orin_kit.distill.accuracy import accuracy, answer, held_out_loss
 from orin_kit.distill.dataset import load_dataset
 from orin_kit.distill.pair import load_model

@@ -46,7 +46,7 @@ def answer(backend: OnnxBackend, ids: list[int], count: int, **options: object) 
 
 
 def test_greedy_over_64_tokens_is_transformers_generate(exported: SimpleNamespace) -> None:
-    for seed, length in enumerate([1, 7, 40]):
+    for seed, length in enumerate([1, 40]):
         ids = prompt_of(length, seed)
         with torch.no_grad():
             reference = exported.model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=64)
