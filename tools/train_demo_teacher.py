@@ -1,6 +1,9 @@
 """Train the demo teacher, a 3.7 M parameter Qwen2, on our synthetic reasoning tasks.
 
     python tools/train_demo_teacher.py calibration/demo-teacher
+    python tools/train_demo_teacher.py calibration/demo-student --size student --steps 400
+
+The second line makes the student that the demo distils: a small model that was trained a little, by itself.
 
 Every line of the log is a JSON object. A kill loses at most `--save-every` steps: the same command goes on from there.
 The learning rate is constant, then falls linearly over the last 30 % of `--steps` (warm-up, stable, decay). Hidden
@@ -28,18 +31,20 @@ from orin_kit.data.scoring import exact_match
 from orin_kit.data.tasks import Task, distinct, generate
 from orin_kit.tokenizer import TOKENIZER_FILES, ChatTokenizer
 
-CONFIG = dict(
-    vocab_size=2048,
-    hidden_size=256,
-    num_hidden_layers=4,
-    intermediate_size=768,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    max_position_embeddings=1024,
-    rope_theta=10000.0,
-    tie_word_embeddings=True,
-)
+COMMON: dict[str, Any] = {
+    "vocab_size": 2048,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 1024,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+SIZES: dict[str, dict[str, Any]] = {
+    "teacher": {**COMMON, "hidden_size": 256, "intermediate_size": 768},  # 3.7 M parameters
+    "student": {**COMMON, "hidden_size": 128, "intermediate_size": 384},  # 1.2 M
+}
 PEAK_LR = 3e-3
 WARMUP_STEPS = 100
 DECAY_SHARE = 0.3
@@ -108,7 +113,7 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     tokenizer = ChatTokenizer(args.directory)
-    model = Qwen2ForCausalLM(Qwen2Config(**CONFIG))
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES[args.size]))
     optimizer = optimizers(model)
     checkpoint = args.directory / "train.pt"
     log = (args.directory / "train.log.jsonl").open("a", encoding="utf-8")
@@ -170,6 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="holds the checkpoint, the log and, at the end, the model")
     parser.add_argument("--tokenizer", type=Path, help="where the tokenizer files lie, when not in DIRECTORY")
+    parser.add_argument("--size", choices=list(SIZES), default="teacher")
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch-size", type=int, default=64, help="rows a step")
     parser.add_argument("--length", type=int, default=128, help="tokens a row")

@@ -18,7 +18,6 @@ from orin_kit.distill.signals import TensorBatch
 from orin_kit.errors import UserError
 from orin_kit.tokenizer import ChatTokenizer
 
-WATCHED_TASKS = 200
 TEST_SEED = 1
 
 
@@ -50,13 +49,13 @@ def load_dataset(recipe: Recipe, tokenizer: ChatTokenizer) -> Dataset:
         tasks = recipe.data.tasks
         seed = recipe.seed if tasks.seed is None else tasks.seed
         train = [t.chat() for t in distinct("train", seed, tasks.count, tasks.kinds)]
-        watched = [t.chat() for t in distinct("calibration", TEST_SEED, WATCHED_TASKS, tasks.kinds)]
+        watched = [t.chat() for t in distinct("calibration", TEST_SEED, recipe.watched_items, tasks.kinds)]
         test = [_from_task(t) for t in distinct("test", TEST_SEED, recipe.test_items, tasks.kinds)]
     else:
         assert recipe.data.chats is not None
         train, watched, held = split_chats(read_chats(recipe.data.chats), recipe.data.held_out)
         test = [_from_chat(chat) for chat in held[: recipe.test_items]]
-    rows = [_rows(tokenizer, chats, recipe.data.row_length) for chats in (train, watched)]
+    rows = [_rows(tokenizer, c, recipe.data.row_length) for c in (train, watched[: recipe.watched_items])]
     if not all(any(any(row.trained[1:]) for row in part) for part in rows):
         raise UserError("data: no assistant token fits into data.row_length", mend="raise data.row_length")
     return Dataset(rows[0], rows[1], test)

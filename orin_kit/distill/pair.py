@@ -42,13 +42,13 @@ def load_pair(teacher: Path, student: Path, *, precision: str, seed: int) -> Pai
         UnsupportedModelError: a family or field that orin-kit does not know, or weights that are quantized already.
         UserError: the tokenizers differ, or have more tokens than a model's vocabulary.
     """
+    sizes = {name: read_spec(directory).vocab_size for name, directory in (("teacher", teacher), ("student", student))}
     source = student if (student / "tokenizer.json").is_file() else teacher
     check_tokenizers(teacher, source)
     tokenizer = ChatTokenizer(source)
-    for role, directory in (("teacher", teacher), ("student", student)):
-        size = read_spec(directory).vocab_size
+    for name, size in sizes.items():
         if len(tokenizer) > size:
-            what = f"the tokenizer in {source} has {len(tokenizer)} tokens, the {role} in {directory} only {size}"
+            what = f"the tokenizer in {source} has {len(tokenizer)} tokens, the {name}'s vocabulary only {size}"
             raise UserError(what, mend="use the tokenizer the model was trained with")
     born = None if has_weights(student) else seed
     return Pair(load_model(teacher, DTYPES[precision]), load_model(student, seed=born), tokenizer, source)

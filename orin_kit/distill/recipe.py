@@ -88,6 +88,7 @@ class Features(Stage):
     layers: tuple[int, ...] | None = None
     loss: Literal["mse", "relative_mse", "cosine"] = "relative_mse"
     weight: Positive = 1.0
+    own_learning_rate: Positive = 3e-3  # of the projections, which begin at random whatever the student knows
 
 
 class Attention(Stage):
@@ -95,6 +96,7 @@ class Attention(Stage):
 
     layers: tuple[int, ...] | None = None
     weight: Positive = 1.0
+    own_learning_rate: Positive = 3e-2  # of the head mixing, whose scores have to move by ones
     keep_heads: UpToOne = 0.6
     prefer: Literal["focused", "diffuse"] = "focused"
     calibration_batches: Count = 4
@@ -177,6 +179,7 @@ class Recipe(Section):
     clip: Positive = 1.0
     checkpoint_every: Count = 100
     log_every: Count = 10
+    watched_items: Count = 200  # held-out chats whose loss is measured
     test_items: Count = 300
     max_new_tokens: Count = 96
     evaluation_batch: Count = 128

@@ -78,7 +78,9 @@ def distill(
     _write(recipe, out, pair, store, report, overwrite=overwrite)
     store.remove()
     if progress:
-        Console().print(report_table(report))
+        console = Console()
+        console.print(report_table(report))
+        console.print(f"wrote {out}", highlight=False, soft_wrap=True)
     return report
 
 

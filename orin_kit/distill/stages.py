@@ -114,7 +114,7 @@ class HeadMixing(nn.Module):
         super().__init__()
         start = torch.zeros(len(kept), student_heads)
         for row, head in enumerate(kept):  # leaning towards the head at the same relative place
-            start[row, head * student_heads // teacher_heads] = 2.0
+            start[row, head * student_heads // teacher_heads] = 4.0
         self.scores = nn.Parameter(start)
 
     def forward(self, maps: Tensor) -> Tensor:

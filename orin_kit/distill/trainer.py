@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -75,11 +74,13 @@ class Trainer:
                 continue  # its student is in the checkpoint
             torch.manual_seed(self._seed(-1 - index))
             module = self._module(stage)
-            optimizers = make_optimizers(module, self.recipe)
+            optimizers = make_optimizers(module, stage, self.recipe)
             if saved:
                 module.load_state_dict(saved["module"])
                 for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                     optimizer.load_state_dict(state)
+                if self.accelerator.scaler:
+                    self.accelerator.scaler.load_state_dict(saved["scaler"])
                 saved = None
             else:
                 position.stage, position.step = index, 0
@@ -102,7 +103,7 @@ class Trainer:
         since = time.perf_counter()
         for step in range(position.step, stage.steps):
             rate, knobs = learning_rate(stage, step, stage.steps), self._knobs(stage, step)
-            set_learning_rate(optimizers, rate)
+            set_learning_rate(optimizers, rate / stage.learning_rate)
             torch.manual_seed(self._seed(position.done))
             parts = self._gradients(wrapped, module, knobs, position.done)
             norm = float(self.accelerator.clip_grad_norm_(trained, self.recipe.clip))
@@ -122,6 +123,8 @@ class Trainer:
             if last or position.done % self.recipe.checkpoint_every == 0:
                 now = time.perf_counter()
                 position.seconds, since = position.seconds + now - since, now
+                if not all(bool(p.isfinite().all()) for p in trained):
+                    self._diverged(name, step, line["loss"], norm)
                 self._save(module, optimizers, position)
         self.accelerator.free_memory()
 
@@ -129,28 +132,25 @@ class Trainer:
         """Accumulate one step's gradients; the losses of all its batches, averaged."""
         count, sums = self.recipe.accumulation, dict[str, Tensor]()
         for micro in range(count):
-            index = (done * count + micro) * self.accelerator.num_processes + self.accelerator.process_index
-            batch = self.batches.batch(index)
+            batch = self.batches.batch(done * count + micro)
             signal = self.teacher(batch, module.teacher_wants) if module.teacher_wants else Signal()
-            holding = self.accelerator.no_sync(wrapped) if micro + 1 < count else contextlib.nullcontext()
-            with holding:
-                parts = wrapped(batch, signal, knobs)
-                self.accelerator.backward(parts["loss"] / count)
+            parts = wrapped(batch, signal, knobs)
+            self.accelerator.backward(parts["loss"] / count)
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + value.detach() / count
         return sums
 
     def _check_finite(self, name: str, step: int, loss: float, norm: float) -> None:
         # With fp16 a gradient overflows now and then: the scaler skips that step and halves its scale.
-        scaled = self.accelerator.scaler is not None
-        if math.isfinite(loss) and (scaled or math.isfinite(norm)):
-            return
-        kept = (
-            f"the last good checkpoint is in {self.store.directory}"
-            if self.store.state.is_file()
-            else "no checkpoint yet"
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self.accelerator.scaler):
+            self._diverged(name, step, loss, norm)
+
+    def _diverged(self, name: str, step: int, loss: float, norm: float) -> NoReturn:
+        saved = self.store.state.is_file()
+        kept = f"the last good checkpoint is in {self.store.directory}" if saved else "there is no checkpoint yet"
+        what = (
+            f"stage {name}, step {step + 1}: the loss ({loss}), its gradient ({norm}) or a weight is not finite; {kept}"
         )
-        what = f"stage {name}, step {step + 1}: the loss ({loss}) or its gradient ({norm}) is not finite; {kept}"
         mend = f"lower stages.{name}.learning_rate or use precision: fp32, then start with --overwrite"
         raise TrainingDivergedError(what, mend=mend)
 
@@ -184,34 +184,36 @@ class Trainer:
             return held_out_loss(self.student, self.data.watched, self.recipe.batch_size)
 
     def _seed(self, number: int) -> int:
-        """A seed for the random generator: of one step, or of a stage's beginning, on this process."""
-        of_run = self.recipe.seed * 1_000_003 + number * int(self.accelerator.num_processes)
-        return of_run % 2**63 + int(self.accelerator.process_index)
+        """A seed for the random generator: of one step, or (below 0) of a stage's beginning."""
+        return int((self.recipe.seed * 1_000_003 + number) % 2**63)
 
     def _log(self, line: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            with self.store.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        with self.store.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def _save(self, module: StageModule, optimizers: list[torch.optim.Optimizer], position: Position) -> None:
-        if self.accelerator.is_main_process:
-            self.store.save(
-                {
-                    "position": vars(position),
-                    "module": module.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                    "elastic": [self.elastic.weight, self.elastic.best],
-                }
-            )
+        self.store.save(
+            {
+                "position": vars(position),
+                "module": module.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "elastic": [self.elastic.weight, self.elastic.best],
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            }
+        )
 
 
 def make_accelerator(precision: str) -> Accelerator:
-    """accelerate's own choice of device and processes, at the recipe's precision.
+    """accelerate's own choice of device, at the recipe's precision.
 
     Raises:
-        UserError: fp16 without a GPU.
+        UserError: fp16 without a GPU, or several processes (`accelerate launch`).
     """
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("precision: fp16 needs a GPU", mend="use bf16 or fp32 on a CPU")
     AcceleratorState._reset_state()  # a second run in one process may have another precision
-    return Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision))
+    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision))
+    if accelerator.num_processes > 1:
+        what = f"distill was started as {accelerator.num_processes} processes, but trains on one device"
+        raise UserError(what, mend="start orin-kit distill without accelerate launch")
+    return accelerator

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,9 @@ HEAD_TOKENS = 256  # whose logits are in memory together: [256, vocab] fp32
 
 
 @torch.no_grad()
-def perplexity(directory: str | Path, examples: Sequence[Example]) -> float:
+def perplexity(
+    directory: str | Path, examples: Sequence[Example], on_layer: Callable[[], object] | None = None
+) -> float:
     """exp of the mean negative log likelihood of every `trained` token given all tokens before it in its example.
 
     Computed in fp32, one decoder layer in memory at a time; INT4 checkpoints are dequantized.
@@ -25,6 +27,7 @@ def perplexity(directory: str | Path, examples: Sequence[Example]) -> float:
     Args:
         directory: a checkpoint, plain or INT4.
         examples: chats as tokens, none longer than the model's context.
+        on_layer: called after each decoder layer, for progress.
 
     Raises:
         UserError: no example has a trained token, or the model's outputs are not finite.
@@ -41,6 +44,8 @@ def perplexity(directory: str | Path, examples: Sequence[Example]) -> float:
         layer = decoder.layer(index)
         for rows, out in decoder.run(layer, hidden):
             hidden[rows] = out
+        if on_layer is not None:
+            on_layer()
     hidden, labels = hidden[asked], labels[asked]
 
     norm, head = decoder.norm(), decoder.head()

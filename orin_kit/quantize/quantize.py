@@ -105,7 +105,7 @@ def quantize(
             "loss": loss,
         }
         if perplexity and text is not None:
-            artifact.results |= _measure(checkpoint.directory, artifact.directory, text)
+            artifact.results |= _measure(checkpoint, artifact.directory, text)
     return artifact.results
 
 
@@ -136,13 +136,15 @@ def _run(
     return awq(checkpoint, cut, group_size, text.rows)
 
 
-def _measure(before: Path, after: Path, text: Samples) -> dict[str, float]:
+def _measure(checkpoint: Checkpoint, after: Path, text: Samples) -> dict[str, float]:
     from orin_kit.quantize.perplexity import perplexity  # as above
 
-    return {
-        "perplexity_before": perplexity(before, text.held_out),
-        "perplexity_after": perplexity(after, text.held_out),
-    }
+    with _progress() as bar:
+        task = bar.add_task("perplexity", total=2 * checkpoint.spec.num_hidden_layers)
+        return {
+            f"perplexity_{when}": perplexity(directory, text.held_out, lambda: bar.advance(task))
+            for when, directory in (("before", checkpoint.directory), ("after", after))
+        }
 
 
 def _write_config(checkpoint: Checkpoint, directory: Path, scheme: Int4Config) -> None:

@@ -67,7 +67,7 @@ class TensorFiles:
             if piece.dtype.kind == "f" and not np.isfinite(piece).all():
                 what = f"{name} holds NaN, infinities or values beyond the range of {np.dtype(dtype).name}"
                 raise UserError(what, mend="get the checkpoint again or train it again")
-            file.write(piece.data)
+            file.write(piece.reshape(-1).view(np.uint8).data)
         self._missing.discard(name)
 
     def __enter__(self) -> TensorFiles:

@@ -55,6 +55,7 @@ def make_recipe(pair_dirs: tuple[Path, Path]) -> Callable[..., Recipe]:
             "batch_size": 4,
             "checkpoint_every": 2,
             "log_every": 1,
+            "watched_items": 12,
             "test_items": 6,
             "max_new_tokens": 4,
         }

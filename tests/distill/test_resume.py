@@ -62,10 +62,17 @@ def recipe(make_recipe: Callable[..., Recipe]) -> Recipe:
     return Recipe.parse(base.model_dump() | {"stages": base.stages.model_dump() | {"task": task}})
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
 @pytest.fixture
-def undisturbed(recipe: Recipe, tmp_path: Path) -> Path:
-    distill(recipe, tmp_path / "undisturbed", progress=False)
-    return tmp_path / "undisturbed"
+def undisturbed(recipe: Recipe, home: Path) -> Path:
+    """The recipe's result without a kill, made once."""
+    if not (home / "undisturbed").exists():
+        distill(recipe, home / "undisturbed", progress=False)
+    return home / "undisturbed"
 
 
 def test_bit_exact_in_every_stage(
