@@ -39,7 +39,6 @@ class WeightSource:
             header, start = _header(file)
             for name, entry in header.items():
                 self._where[name] = (file, start, entry)
-        self._maps: dict[Path, NDArray[np.uint8]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -58,10 +57,11 @@ class WeightSource:
             ArtifactError: there is no such tensor.
         """
         file, start, entry = self._entry(name)
-        if file not in self._maps:
-            self._maps[file] = np.memmap(file, np.uint8, mode="r")
         begin, end = entry["data_offsets"]
-        raw = self._maps[file][start + begin : start + end]
+        if begin == end:
+            return np.empty(entry["shape"], DTYPES[entry["dtype"]])
+        # A map of its own: once the tensor is let go, its pages no longer count as ours.
+        raw = np.memmap(file, np.uint8, mode="r", offset=start + begin, shape=(end - begin,))
         tensor: NDArray[Any] = raw.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
         return tensor
 
