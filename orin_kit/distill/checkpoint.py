@@ -26,6 +26,7 @@ class CheckpointStore:
         self.directory = out.absolute().parent / f".{out.name}.checkpoint"
         self.identity = identity
         self.state, self.log, self.heads = (self.directory / name for name in (STATE, LOG, HEADS))
+        self.answers = self.directory / f"answers-{identity[:16]}.jsonl"  # dear, and there before the first state
 
     def open(self, *, overwrite: bool) -> dict[str, Any] | None:
         """The state to go on from, or None for a fresh start.
@@ -41,8 +42,10 @@ class CheckpointStore:
                 raise UserError(what, mend="run that recipe again to go on with it, or add --overwrite to start anew")
             state = None
         if state is None:
-            self.remove()
-            self.directory.mkdir(parents=True)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for file in self.directory.iterdir():
+                if file != self.answers:
+                    file.unlink()
         elif self.log.is_file():
             os.truncate(self.log, state["log_bytes"])  # what was logged after the checkpoint is logged again
         return state

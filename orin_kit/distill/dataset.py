@@ -39,23 +39,40 @@ class Dataset:
     test: list[Question]
 
 
-def load_dataset(recipe: Recipe, tokenizer: ChatTokenizer) -> Dataset:
-    """Read or generate a recipe's data.
+def load_questions(recipe: Recipe) -> list[Chat]:
+    """The chats, up to a reply, that the recipe asks the teacher to answer; none of them is held out.
+
+    Raises:
+        UserError: the chat file is missing or broken.
+    """
+    questions, tasks = recipe.data.questions, recipe.data.tasks
+    if questions is None:
+        return []
+    if questions.chats is not None:
+        return list(dict.fromkeys(_from_chat(chat).prompt for chat in read_chats(questions.chats)))
+    assert tasks is not None
+    assert questions.tasks is not None
+    further = distinct("train", _task_seed(recipe), tasks.count + questions.tasks, tasks.kinds)[tasks.count :]
+    return [task.chat()[:-1] for task in further]
+
+
+def load_dataset(recipe: Recipe, tokenizer: ChatTokenizer, answered: Sequence[Chat] = ()) -> Dataset:
+    """Read or generate a recipe's data; `answered` chats are trained on as well.
 
     Raises:
         UserError: the chat file is missing, broken, or too small to hold some of it out.
     """
     if recipe.data.tasks is not None:
         tasks = recipe.data.tasks
-        seed = recipe.seed if tasks.seed is None else tasks.seed
-        train = [t.chat() for t in distinct("train", seed, tasks.count, tasks.kinds)]
+        train = [t.chat() for t in distinct("train", _task_seed(recipe), tasks.count, tasks.kinds)]
         watched = [t.chat() for t in distinct("calibration", TEST_SEED, recipe.watched_items, tasks.kinds)]
         test = [_from_task(t) for t in distinct("test", TEST_SEED, recipe.test_items, tasks.kinds)]
     else:
         assert recipe.data.chats is not None
         train, watched, held = split_chats(read_chats(recipe.data.chats), recipe.data.held_out)
         test = [_from_chat(chat) for chat in held[: recipe.test_items]]
-    rows = [_rows(tokenizer, c, recipe.data.row_length) for c in (train, watched[: recipe.watched_items])]
+    parts = ([*train, *answered], watched[: recipe.watched_items])
+    rows = [_rows(tokenizer, part, recipe.data.row_length) for part in parts]
     if not all(any(any(row.trained[1:]) for row in part) for part in rows):
         raise UserError("data: no assistant token fits into data.row_length", mend="raise data.row_length")
     return Dataset(rows[0], rows[1], test)
@@ -74,6 +91,11 @@ def split_chats(chats: Sequence[Chat], held_out: float) -> tuple[list[Chat], lis
     half = max(1, round(len(distinct_chats) * held_out / 2))
     half = min(half, (len(distinct_chats) - 1) // 2)
     return distinct_chats[2 * half :], distinct_chats[:half], distinct_chats[half : 2 * half]
+
+
+def _task_seed(recipe: Recipe) -> int:
+    tasks = recipe.data.tasks
+    return recipe.seed if tasks is None or tasks.seed is None else tasks.seed
 
 
 def _from_task(task: Task) -> Question:

@@ -14,7 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from orin_kit.data.tasks import KINDS
 from orin_kit.errors import UserError
 
-PATHS = (("teacher",), ("student",), ("data", "chats"))  # resolved against the recipe's own directory
+PATHS = (
+    ("teacher",),
+    ("student",),
+    ("data", "chats"),
+    ("data", "questions", "chats"),
+)  # resolved against the recipe's own directory
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]  # of a whole that must leave something on both sides
 UpToOne = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -48,14 +53,31 @@ class Tasks(Section):
         return self
 
 
+class Questions(Section):
+    """Questions that nobody has answered: the teacher does before training, and the student learns those replies too.
+
+    Either `tasks`, so many further problems after `data.tasks`, or `chats` (.jsonl), whose last reply is not looked at.
+    """
+
+    tasks: Count | None = None
+    chats: Path | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Questions:
+        if (self.tasks is None) == (self.chats is None):
+            raise ValueError("give either tasks or chats")
+        return self
+
+
 class Data(Section):
-    """What is trained on: either `tasks` or `chats` (.jsonl), packed into rows of `row_length` tokens.
+    """What is trained on: either `tasks` or `chats` (.jsonl), packed into rows of `row_length` tokens, and `questions`.
 
     `held_out` is the share of `chats` never trained on: half of it is the test, half steers the elastic weights.
     """
 
     tasks: Tasks | None = None
     chats: Path | None = None
+    questions: Questions | None = None
     held_out: Fraction = 0.1
     row_length: Annotated[int, Field(ge=8)] = 512
 
@@ -63,6 +85,8 @@ class Data(Section):
     def _one_source(self) -> Data:
         if (self.tasks is None) == (self.chats is None):
             raise ValueError("give either tasks or chats")
+        if self.questions is not None and self.questions.tasks is not None and self.tasks is None:
+            raise ValueError("questions.tasks are further ones of tasks; with chats give questions.chats")
         return self
 
 
@@ -230,7 +254,9 @@ class Recipe(Section):
         rate = self.plain.model_dump() | {"learning_rate": self.plain.learning_rate or self.stages.task.learning_rate}
         constant = TeacherWeight(start=0.0, every=0)
         task = Task(steps=self.total_steps, teacher_weight=constant, lora=None, **rate)
-        return self.model_copy(update={"stages": Stages(features=None, attention=None, task=task)})
+        stages = Stages(features=None, attention=None, task=task)
+        data = self.data.model_copy(update={"questions": None})  # there is nobody to answer them
+        return self.model_copy(update={"stages": stages, "data": data})
 
     def running_stages(self) -> list[tuple[str, Stage]]:
         """The stages that have steps, in order, by name."""

@@ -13,13 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
+from orin_kit.data.chat import Chat
 from orin_kit.distill.accuracy import accuracy, held_out_loss
+from orin_kit.distill.answers import teacher_answers
 from orin_kit.distill.checkpoint import HEADS, LOG, CheckpointStore
-from orin_kit.distill.dataset import Dataset, load_dataset
+from orin_kit.distill.dataset import Dataset, load_dataset, load_questions
 from orin_kit.distill.pair import Pair, load_model, load_pair
 from orin_kit.distill.recipe import Recipe
 from orin_kit.distill.report import build_report, report_table
-from orin_kit.distill.trainer import Trainer
+from orin_kit.distill.trainer import Trainer, make_accelerator
 from orin_kit.errors import UserError
 from orin_kit.manifest import check_free, sha256_input, write_artifact
 from orin_kit.models.weights import has_weights
@@ -39,8 +41,9 @@ def distill(
     """Distil `recipe.teacher` into `recipe.student` and write a `model` artifact.
 
     The artifact: config.json, model.safetensors (fp16), the tokenizer's files, recipe.yaml, train.log.jsonl,
-    report.json, and heads.json when attention was distilled. Until it is complete, the training state lies in
-    `.NAME.checkpoint` beside it; the same call goes on from there after a kill, and ends with the same bits.
+    report.json, heads.json when attention was distilled, answers.jsonl when the teacher answered questions. Until it
+    is complete, the training state lies in `.NAME.checkpoint` beside it; the same call goes on from there after a
+    kill, and ends with the same bits.
 
     Args:
         recipe: see `Recipe.load`.
@@ -62,8 +65,8 @@ def distill(
     pair = load_pair(recipe.teacher, recipe.student, precision=recipe.precision, seed=recipe.seed)
     if not recipe.total_steps:
         raise UserError("stages: no stage has steps", mend="give at least one stage some steps")
-    data = load_dataset(recipe, pair.tokenizer)
     store = CheckpointStore(out, run_identity(recipe))
+    data = load_dataset(recipe, pair.tokenizer, _answered(recipe, pair, store, progress))
     trainer = Trainer(recipe, pair, data, store)
     with _progress(progress) as bar:
         task = bar.add_task("distill", total=recipe.total_steps)
@@ -109,6 +112,20 @@ def score(
     }
 
 
+def _answered(recipe: Recipe, pair: Pair, store: CheckpointStore, progress: bool) -> list[Chat]:
+    """The recipe's questions with the teacher's replies."""
+    prompts = load_questions(recipe)
+    if not prompts:
+        return []
+    with _progress(progress) as bar:
+        task = bar.add_task("the teacher answers", total=len(prompts))
+        return teacher_answers(
+            pair.teacher.to(make_accelerator(recipe.precision).device), pair.tokenizer, prompts, store.answers,
+            max_new_tokens=recipe.max_new_tokens, batch_size=recipe.evaluation_batch,
+            advance=lambda count: bar.advance(task, count),
+        )  # fmt: skip
+
+
 def _scores(recipe: Recipe, pair: Pair, data: Dataset, progress: bool, known: Scores) -> dict[str, dict[str, Any]]:
     """Teacher, the student as it was (when it had learned anything), and as it is."""
     if "teacher" not in known:
@@ -131,15 +148,17 @@ def _write(
                 shutil.copy(pair.tokenizer_directory / name, folder / name)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-        for name in (LOG, HEADS):
-            if (store.directory / name).is_file():
-                shutil.copy(store.directory / name, folder / name)
+        for file, name in ((store.log, LOG), (store.heads, HEADS), (store.answers, "answers.jsonl")):
+            if file.is_file():
+                shutil.copy(file, folder / name)
         artifact.results.update(report)
 
 
 def _inputs(recipe: Recipe) -> dict[str, Path]:
-    inputs = {"teacher": recipe.teacher, "student": recipe.student}
-    return inputs if recipe.data.chats is None else {**inputs, "chats": recipe.data.chats}
+    questions = recipe.data.questions
+    files = {"chats": recipe.data.chats, "questions": questions.chats if questions else None}
+    named = {role: path for role, path in files.items() if path is not None}
+    return {"teacher": recipe.teacher, "student": recipe.student, **named}
 
 
 def _progress(shown: bool) -> Progress:
