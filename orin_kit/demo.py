@@ -43,7 +43,9 @@ FAST = Length(
         "stages.features.steps=3",
         "stages.attention.steps=3",
         "stages.task.steps=6",
-        "data.tasks.count=400",
+        "data.tasks.count=60",
+        "data.questions.tasks=60",
+        "watched_items=24",
         "test_items=24",
     ),
     samples=8,
@@ -100,14 +102,13 @@ def demo(out: str | Path, *, fast: bool = False, overwrite: bool = False) -> lis
     console = Console()
     recipe = Recipe.load(home / "recipes" / "demo.yaml", overrides=list(length.overrides))
 
-    console.rule("1/4  distil: a plain student and a distilled one, on the same questions")
+    console.rule("1/4  distil: a student without a teacher, then one with it, scored on the same unseen questions")
     students = out / "students"
     compare(recipe, students, seeds=1, overwrite=overwrite)
 
     console.rule("2/4  quantize the distilled student to INT4")
     int4 = out / "distilled-int4"
-    group_size = 128
-    quantize(students / "distilled", int4, group_size=group_size, samples=length.samples, overwrite=overwrite)
+    quantize(students / "distilled", int4, samples=length.samples, overwrite=overwrite)
 
     console.rule("3/4  export to ONNX")
     checkpoints = {
