@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,11 @@ def demo(out: str | Path, *, fast: bool = False, overwrite: bool = False) -> lis
     summary = {"made_by": made_by(), "fast": fast, "questions": length.questions, "rows": [asdict(r) for r in rows]}
     (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
     console.print(_table(rows, length))
-    console.print(f"The profile to print or mail: {_profile_of(onnx['distilled INT4']) / 'report.html'}")
-    console.print(f"Chat with the result: [bold]orin-kit chat {onnx['distilled INT4']}[/]")
+    console.print(
+        f"The profile to print or mail: {_profile_of(onnx['distilled INT4']) / 'report.html'}", soft_wrap=True
+    )
+    program = sys.argv[0] if Path(sys.argv[0]).name == "orin-kit" else "orin-kit"
+    console.print(f"Chat with the result: [bold]{program} chat {onnx['distilled INT4']}[/]", soft_wrap=True)
     return rows
 
 
@@ -183,19 +187,19 @@ def _profile_of(onnx: Path) -> Path:
 
 
 def _table(rows: list[Row], length: Length) -> Table:
-    title = f"{length.questions} unseen questions; latency with {rows[0].prompt_length} prompt tokens, on this machine"
+    title = f"{length.questions} unseen questions; {rows[0].prompt_length} prompt tokens, on this machine's CPU"
     table = Table("model", title=title)
-    for column in ("parameters", "size", "exact match", "perplexity", "TTFT", "TPOT", "peak memory"):
-        table.add_column(column, justify="right")
+    for column in ("params", "size", "exact", "ppl", "TTFT", "TPOT", "peak"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.model,
-            f"{row.parameters / 1e6:.2f} M",
-            f"{row.onnx_bytes / 1e6:.1f} MB",
+            f"{row.parameters / 1e6:.2f}M",
+            f"{row.onnx_bytes / 1e6:.1f}MB",
             f"{row.accuracy:.1%}",
             f"{row.perplexity:.3f}",
-            f"{row.ttft_ms:.1f} ms",
-            f"{row.tpot_ms:.2f} ms",
-            f"{row.peak_bytes / 1e6:.0f} MB",
+            f"{row.ttft_ms:.1f}ms",
+            f"{row.tpot_ms:.2f}ms",
+            f"{row.peak_bytes / 1e6:.0f}MB",
         )
     return table

@@ -122,7 +122,8 @@ def _write(report: Report, artifact: Path, out: str | Path, overwrite: bool) -> 
 def _measure(jobs: Sequence[Job], works: Sequence[Workload]) -> list[dict[str, Any]]:
     """What each worker returned, one worker at a time."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("profile", total=sum(work.warmup + work.repeats for work in works))
         advance: Callable[[], None] = lambda: bar.advance(task)  # noqa: E731
         measured = []
