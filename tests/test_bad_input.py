@@ -166,7 +166,7 @@ BAD: dict[str, tuple[Callable[[], None], tuple[str, ...], str]] = {
     "recipe with an unknown field": (recipe(extra="batchsize: 3\n"), DISTILL, "batchsize"),
     "recipe with a wrong value": (recipe(extra="batch_size: many\n"), DISTILL, "batch_size"),
     "tokenizers differ": (other_tokenizer, DISTILL, "tokenizer"),
-    "NaN loss": (lambda: (nan_weights(), recipe()())[1], DISTILL, "the loss is nan"),
+    "NaN loss": (lambda: (nan_weights(), recipe()())[1], DISTILL, "the loss (nan), its gradient (nan)"),
     "missing calibration": (NOTHING, (*QUANTIZE, "--calibration", "no.jsonl"), "no.jsonl"),
     "broken chats": (write("c.jsonl", '{"messages": 3}\n'), (*QUANTIZE, "--calibration", "c.jsonl"), "c.jsonl line 1"),
     "wrong command": (NOTHING, ("exprot",), "exprot"),
