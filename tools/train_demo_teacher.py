@@ -27,8 +27,9 @@ from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from orin_kit.data.packing import Batch, Example, collate, pack, tokenize_chat
-from orin_kit.data.scoring import exact_match
 from orin_kit.data.tasks import Task, distinct, generate
+from orin_kit.distill.accuracy import accuracy
+from orin_kit.distill.dataset import Question
 from orin_kit.tokenizer import TOKENIZER_FILES, ChatTokenizer
 
 COMMON: dict[str, Any] = {
@@ -82,31 +83,12 @@ def learning_rate(step: int, steps: int) -> float:
     return PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / decay)
 
 
-@torch.no_grad()
-def accuracy(model: Qwen2ForCausalLM, tokenizer: ChatTokenizer, tasks: list[Task]) -> dict[str, float]:
-    """Exact match by kind and over all, greedy, on prompts padded on the left."""
-    hits: dict[str, list[bool]] = {}
-    pad = tokenizer.id_of("<|endoftext|>") or 0
-    model.eval()
-    for at in range(0, len(tasks), 128):
-        part = tasks[at : at + 128]
-        prompts = [tokenizer.encode_chat(task.chat()[:-1], reply=True) for task in part]
-        width = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=96,
-            do_sample=False,
-            eos_token_id=sorted(tokenizer.stop_ids),
-            pad_token_id=pad,
-        )
-        for task, reply in zip(part, out[:, width:].tolist(), strict=True):
-            hits.setdefault(task.kind, []).append(exact_match(tokenizer.decode(reply), task.answer))
+def score(model: Qwen2ForCausalLM, tokenizer: ChatTokenizer, tasks: list[Task]) -> dict[str, float]:
+    """Exact match by kind and over all, greedy."""
+    questions = [Question(task.kind, task.chat()[:-1], task.answer) for task in tasks]
+    found = accuracy(model, tokenizer, questions, max_new_tokens=96, batch_size=128)
     model.train()
-    scores = {kind: sum(h) / len(h) for kind, h in hits.items()}
-    return {**scores, "all": sum(map(sum, hits.values())) / len(tasks)}
+    return found
 
 
 def train(args: argparse.Namespace) -> None:
@@ -148,7 +130,7 @@ def train(args: argparse.Namespace) -> None:
             speed, seen = seen / (time.perf_counter() - since), 0
             line: dict[str, Any] = {"step": done, "loss": round(loss.item(), 4), "tokens_per_second": round(speed)}
             if done % args.eval_every == 0 or done == args.steps:
-                line["calibration"] = {k: round(v, 3) for k, v in accuracy(model, tokenizer, watched).items()}
+                line["calibration"] = {k: round(v, 3) for k, v in score(model, tokenizer, watched).items()}
             print(json.dumps(line), flush=True)
             print(json.dumps(line), file=log, flush=True)
             since = time.perf_counter()
@@ -163,7 +145,7 @@ def train(args: argparse.Namespace) -> None:
 def finish(args: argparse.Namespace, model: Qwen2ForCausalLM, tokenizer: ChatTokenizer, log: Any) -> None:
     """Round to fp16, score what is shipped on unseen test problems, and write it."""
     model.half().float()
-    line = {"test": accuracy(model, tokenizer, distinct("test", seed=1, count=args.test_items)), "dtype": "float16"}
+    line = {"test": score(model, tokenizer, distinct("test", seed=1, count=args.test_items)), "dtype": "float16"}
     print(json.dumps(line), flush=True)
     print(json.dumps(line), file=log, flush=True)
     generation = (args.directory / "generation_config.json").read_text("utf-8")

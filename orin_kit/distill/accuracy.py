@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from orin_kit.data.chat import Chat
 from orin_kit.data.packing import Example
 from orin_kit.data.scoring import exact_match
 from orin_kit.distill.dataset import Question, in_batches
@@ -35,20 +36,36 @@ def accuracy(
         batch_size: questions answered at once.
         advance: told how many questions were answered, for a progress bar.
     """
-    model.eval().set_attn_implementation("sdpa")
-    prompts = [tokenizer.encode_chat(q.prompt, reply=True) for q in questions]
+    prompts = [q.prompt for q in questions]
     hits: dict[str, list[bool]] = {}
-    # By length: less padding in a batch.
-    order = sorted(range(len(questions)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        replies = answer(model, [prompts[i] for i in chosen], tokenizer.stop_ids, max_new_tokens)
-        for i, reply in zip(chosen, replies, strict=True):
-            hit = exact_match(tokenizer.decode(reply), questions[i].answer)
-            hits.setdefault(questions[i].kind, []).append(hit)
-        advance(len(chosen))
+    replies = greedy_replies(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, advance=advance
+    )
+    for i, reply in replies:
+        hit = exact_match(tokenizer.decode(reply), questions[i].answer)
+        hits.setdefault(questions[i].kind, []).append(hit)
     scores = {kind: sum(h) / len(h) for kind, h in sorted(hits.items())}
     return {**scores, "all": sum(map(sum, hits.values())) / len(questions)}
+
+
+def greedy_replies(
+    model: PreTrainedModel,
+    tokenizer: ChatTokenizer,
+    prompts: Sequence[Chat],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Iterator[tuple[int, list[int]]]:
+    """Number and greedy reply of every prompt, the shortest first; the model is left in evaluation mode."""
+    model.eval().set_attn_implementation("sdpa")
+    encoded = [tokenizer.encode_chat(prompt, reply=True) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))  # by length: less padding in a batch
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        replies = answer(model, [encoded[i] for i in chosen], tokenizer.stop_ids, max_new_tokens)
+        yield from zip(chosen, replies, strict=True)
+        advance(len(chosen))
 
 
 def answer(

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from orin_kit.data.chat import Chat, Message, read_chats, write_chats
-from orin_kit.distill.accuracy import answer
+from orin_kit.distill.accuracy import greedy_replies
 from orin_kit.errors import UserError
 from orin_kit.tokenizer import ChatTokenizer
 
@@ -33,18 +33,14 @@ def teacher_answers(
     """
     if path.is_file():
         return read_chats(path)
-    teacher.eval().set_attn_implementation("sdpa")
     chats: list[Chat] = []
-    encoded = [tokenizer.encode_chat(prompt, reply=True) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))  # by length: less padding in a batch
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        replies = answer(teacher, [encoded[i] for i in chosen], tokenizer.stop_ids, max_new_tokens)
-        for i, reply in zip(chosen, replies, strict=True):
-            text = tokenizer.decode(reply)
-            if len(reply) < max_new_tokens and text.count("<think>") == text.count("</think>"):
-                chats.append((*prompts[i], Message("assistant", text)))
-        advance(len(chosen))
+    replies = greedy_replies(
+        teacher, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, advance=advance
+    )
+    for i, reply in replies:
+        text = tokenizer.decode(reply)
+        if len(reply) < max_new_tokens and text.count("<think>") == text.count("</think>"):
+            chats.append((*prompts[i], Message("assistant", text)))
     if not chats:
         what = f"data.questions: of {len(prompts)} replies of the teacher none ends within {max_new_tokens} tokens"
         raise UserError(what, mend="raise max_new_tokens, or leave data.questions out")

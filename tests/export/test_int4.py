@@ -61,7 +61,7 @@ def test_reference_dialect_is_exact(quantized: tuple[PreTrainedModel, Path], tmp
     assert np.abs(evaluator.run(None, feed)[0] - expected_logits(model, ids)).max() <= 1e-3
 
 
-@pytest.mark.parametrize(("bits", "tolerance"), [(16, 0.05), (8, 0.05), (4, 0.35)])
+@pytest.mark.parametrize(("bits", "tolerance"), [(16, 0.08), (8, 0.08), (4, 0.5)])
 def test_ort_dialect(quantized: tuple[PreTrainedModel, Path], tmp_path: Path, bits: int, tolerance: float) -> None:
     """Within what int8 activations (accuracy level 4) cost, and a 4-bit embedding where asked for."""
     model, home = quantized
