@@ -252,7 +252,7 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OrinKitError):
         return str(error), error.exit_code
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("orin_kit"):
-        return f"{error.name} is not installed: pip install 'orin-kit[host]'", EXIT_USER
+        return f"{error.name} is not installed: pip install 'orin-kit[host]', or '.[host]' in a checkout", EXIT_USER
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
         if error.errno == errno.ENOSPC:

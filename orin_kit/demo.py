@@ -86,7 +86,8 @@ def demo(out: str | Path, *, fast: bool = False, overwrite: bool = False) -> lis
     """Distil, quantize, export, profile and compare the demo family.
 
     Args:
-        out: `teacher`, `plain`, `distilled`, `distilled-int4` (each with `-onnx` and `-profile`), and summary.json.
+        out: `students/plain` and `students/distilled`, `distilled-int4`, of each model `NAME-onnx` and `NAME-profile`,
+            and summary.json.
         fast: train too little to learn much, for tests.
         overwrite: replace what `out` holds; students that are complete, of the same recipe, are kept.
 
