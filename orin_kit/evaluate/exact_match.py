@@ -39,7 +39,8 @@ def exact_match(
     hits: dict[str, list[bool]] = {kind: [] for kind in sorted({task.kind for task in tasks})}
     rows_before = backend.batch_size
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         scoring = bar.add_task("score", total=len(tasks))
         try:
             for start in range(0, len(order), batch_size):

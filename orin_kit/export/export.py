@@ -100,7 +100,8 @@ def _save(graph: ir.Model, path: Path, progress: bool) -> None:
     """Write graph and weights, one tensor in memory at a time."""
     total = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:
         task = bar.add_task("export", total=total)
         step: Callable[[Any, Any], None] = lambda tensor, _info: bar.advance(task, tensor.nbytes)  # noqa: E731
         # One worker: two would hold two tensors, and a 1.5B embedding alone is 0.9 GB in fp32.
