@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,6 +25,13 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 TOKENIZER_SUFFIX_HINT = "copy tokenizer.json and tokenizer_config.json from the model's own directory"
+
+
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    """Copy a model's tokenizer files, those that it has, into an artifact."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
 
 
 class ChatTokenizer:

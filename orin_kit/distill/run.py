@@ -25,7 +25,7 @@ from orin_kit.distill.trainer import Trainer, make_accelerator
 from orin_kit.errors import UserError
 from orin_kit.manifest import check_free, sha256_input, write_artifact
 from orin_kit.models.weights import has_weights
-from orin_kit.tokenizer import TOKENIZER_FILES, ChatTokenizer
+from orin_kit.tokenizer import ChatTokenizer, copy_tokenizer
 
 Scores = MutableMapping[str, dict[str, Any]]
 
@@ -143,9 +143,7 @@ def _write(
     with write_artifact(out, "model", inputs=_inputs(recipe), settings=settings, overwrite=overwrite) as artifact:
         folder = artifact.directory
         pair.student.half().save_pretrained(folder, safe_serialization=True)
-        for name in TOKENIZER_FILES:
-            if (pair.tokenizer_directory / name).is_file():
-                shutil.copy(pair.tokenizer_directory / name, folder / name)
+        copy_tokenizer(pair.tokenizer_directory, folder)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
         for file, name in ((store.log, LOG), (store.heads, HEADS), (store.answers, "answers.jsonl")):

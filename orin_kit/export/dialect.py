@@ -10,7 +10,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnxscript import GraphBuilder
 
-from orin_kit.export.tensors import EMBEDDING, DecoderTensors, Linear
+from orin_kit.export.tensors import DecoderTensors, Linear
+from orin_kit.models.spec import EMBEDDING
 
 FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
 

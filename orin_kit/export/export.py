@@ -17,13 +17,12 @@ from orin_kit.export.dialect import Dialect
 from orin_kit.export.dialects.ort import OrtDialect
 from orin_kit.export.dialects.reference import ReferenceDialect
 from orin_kit.export.tensors import DecoderTensors
-from orin_kit.manifest import MANIFEST, read_manifest, write_artifact
+from orin_kit.manifest import MANIFEST, ONNX_DATA, ONNX_MODEL, read_manifest, write_artifact
 from orin_kit.models.spec import read_spec
-from orin_kit.tokenizer import TOKENIZER_FILES
+from orin_kit.tokenizer import copy_tokenizer
 
 DIALECTS: dict[str, type[Dialect]] = {"ort": OrtDialect, "reference": ReferenceDialect}
 PRECISIONS = ("fp32", "fp16", "int4")
-MODEL, DATA = "model.onnx", "model.onnx.data"
 DEFAULT_MAX_LEN = 4096
 
 
@@ -87,11 +86,10 @@ def export(
             max_positions=positions,
             embedding_bits=embedding_bits,
         )
-        _save(graph, artifact.directory / MODEL, progress)
-        for name in ("config.json", *TOKENIZER_FILES):
-            if (model / name).is_file():
-                shutil.copy(model / name, artifact.directory / name)
-        model_bytes = sum((artifact.directory / name).stat().st_size for name in (MODEL, DATA))
+        _save(graph, artifact.directory / ONNX_MODEL, progress)
+        shutil.copyfile(model / "config.json", artifact.directory / "config.json")
+        copy_tokenizer(model, artifact.directory)
+        model_bytes = sum((artifact.directory / name).stat().st_size for name in (ONNX_MODEL, ONNX_DATA))
         artifact.results |= {"parameters": spec.num_parameters, "model_bytes": model_bytes}
     return artifact.results
 
@@ -105,7 +103,7 @@ def _save(graph: ir.Model, path: Path, progress: bool) -> None:
         task = bar.add_task("export", total=total)
         step: Callable[[Any, Any], None] = lambda tensor, _info: bar.advance(task, tensor.nbytes)  # noqa: E731
         # One worker: two would hold two tensors, and a 1.5B embedding alone is 0.9 GB in fp32.
-        ir.save(graph, path, external_data=DATA, size_threshold_bytes=1024, callback=step, max_workers=1)
+        ir.save(graph, path, external_data=ONNX_DATA, size_threshold_bytes=1024, callback=step, max_workers=1)
         bar.update(task, completed=total)
 
 

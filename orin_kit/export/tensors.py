@@ -10,13 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orin_kit.errors import ArtifactError
-from orin_kit.models.spec import DecoderSpec
+from orin_kit.models.spec import EMBEDDING, HEAD, DecoderSpec
 from orin_kit.models.weights import WeightSource
 from orin_kit.quantize.compressed import Int4Config, read_packed
 from orin_kit.quantize.int4 import dequantize, unpack
-
-EMBEDDING = "model.embed_tokens"
-HEAD = "lm_head"
 
 
 @dataclass(frozen=True)

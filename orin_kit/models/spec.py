@@ -14,6 +14,8 @@ from typing import Any
 from orin_kit.errors import ArtifactError, UnsupportedModelError
 from orin_kit.models.rope import Rope, read_rope
 
+EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"  # as every family names them
+
 # What each family does that its config does not say. Sources: transformers/models/{qwen2,qwen3,llama,mistral}.
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"qkv_bias": True, "qk_norm": False},

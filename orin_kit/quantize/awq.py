@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from orin_kit.errors import UserError
-from orin_kit.quantize.checkpoint import HEAD, NORM, Checkpoint, Quantized, Section
+from orin_kit.models.spec import HEAD, NORM
+from orin_kit.quantize.checkpoint import Checkpoint, Quantized, Section
 from orin_kit.quantize.compressed import packed_tensors
 from orin_kit.quantize.int4 import dequantize, quantize_groups
 from orin_kit.quantize.layerwise import LayerwiseDecoder

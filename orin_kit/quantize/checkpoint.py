@@ -11,15 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orin_kit.errors import ArtifactError, UnsupportedModelError
-from orin_kit.models.spec import DecoderSpec, read_spec
+from orin_kit.models.spec import EMBEDDING, HEAD, NORM, DecoderSpec, read_spec
 from orin_kit.models.weights import WeightSource
 from orin_kit.quantize.compressed import Int4Config, packed_entries, read_packed
 from orin_kit.quantize.int4 import check_group_size, dequantize, unpack
 from orin_kit.quantize.tensor_files import Plan
-
-EMBEDDING = "model.embed_tokens"
-NORM = "model.norm"
-HEAD = "lm_head"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from orin_kit.quantize.checkpoint import EMBEDDING, HEAD, NORM, Checkpoint
+from orin_kit.models.spec import EMBEDDING, HEAD, NORM
+from orin_kit.quantize.checkpoint import Checkpoint
 
 BATCH_TOKENS = 2048  # that go through a layer together
 

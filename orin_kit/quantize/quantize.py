@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from orin_kit.errors import UserError
 from orin_kit.manifest import check_free, write_artifact
-from orin_kit.models.spec import DecoderSpec, read_config, read_spec
+from orin_kit.models.spec import HEAD, DecoderSpec, read_config, read_spec
 from orin_kit.quantize.calibrate import Samples, read_samples
-from orin_kit.quantize.checkpoint import HEAD, Checkpoint, Quantized, Section, plan, sections
+from orin_kit.quantize.checkpoint import Checkpoint, Quantized, Section, plan, sections
 from orin_kit.quantize.compressed import Int4Config
 from orin_kit.quantize.rtn import rtn
 from orin_kit.quantize.tensor_files import TensorFiles
-from orin_kit.tokenizer import TOKENIZER_FILES, ChatTokenizer
+from orin_kit.tokenizer import ChatTokenizer, copy_tokenizer
 
 METHODS = ("awq", "rtn")
 EMBEDDING_BITS = (16, 8, 4)
@@ -98,7 +97,7 @@ def quantize(
                 if done.loss is not None:
                     loss[done.section] = done.loss
         _write_config(checkpoint, artifact.directory, Int4Config(group_size, () if lm_head else (HEAD,)))
-        _copy_tokenizer(checkpoint.directory, artifact.directory)
+        copy_tokenizer(checkpoint.directory, artifact.directory)
         artifact.results |= {
             "bytes_before": _weight_bytes(checkpoint.directory),
             "bytes_after": _weight_bytes(artifact.directory),
@@ -155,12 +154,6 @@ def _write_config(checkpoint: Checkpoint, directory: Path, scheme: Int4Config) -
         config["tie_word_embeddings"] = False
     config["quantization_config"] = scheme.to_config()
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-
-
-def _copy_tokenizer(source: Path, directory: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
 
 
 def _weight_bytes(directory: Path) -> int:

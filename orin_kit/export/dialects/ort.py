@@ -6,6 +6,7 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -14,7 +15,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from orin_kit.export.dialect import Graph
-from orin_kit.export.tensors import EMBEDDING, Linear
+from orin_kit.export.tensors import Linear
+from orin_kit.models.spec import EMBEDDING
 from orin_kit.quantize.int4 import matmulnbits_blob, pack, quantize_groups
 
 # MatMulNBits: 4 = activations quantized to int8 within each block, the fast path of the CPU provider.
@@ -44,9 +46,9 @@ class OrtDialect:
         packed, scales = f"{EMBEDDING}.weight_packed", f"{EMBEDDING}.weight_scale"
         width = spec.hidden_size * bits // 8
         return self.ms.GatherBlockQuantized(
-            graph.weight(packed, (spec.vocab_size, width), lambda: self._table()[0], ir.DataType.UINT8),
+            graph.weight(packed, (spec.vocab_size, width), lambda: self._table[0], ir.DataType.UINT8),
             ids,
-            graph.weight(scales, (spec.vocab_size, spec.hidden_size // EMBEDDING_GROUP), lambda: self._table()[1]),
+            graph.weight(scales, (spec.vocab_size, spec.hidden_size // EMBEDDING_GROUP), lambda: self._table[1]),
             bits=bits,
             block_size=EMBEDDING_GROUP,
             gather_axis=0,
@@ -140,6 +142,7 @@ class OrtDialect:
             normed.append(self.op.Reshape(heads, [0, 0, size]))
         return normed[0], normed[1], value
 
+    @cached_property
     def _table(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """The embedding quantized: uint8 `[vocab, hidden * bits / 8]`, scales `[vocab, hidden / EMBEDDING_GROUP]`."""
         bits = self.graph.embedding_bits

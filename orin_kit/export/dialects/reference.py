@@ -13,7 +13,8 @@ import onnx_ir as ir
 
 from orin_kit.errors import UserError
 from orin_kit.export.dialect import Graph
-from orin_kit.export.tensors import EMBEDDING, Linear
+from orin_kit.export.tensors import Linear
+from orin_kit.models.spec import EMBEDDING
 
 
 class ReferenceDialect:

@@ -12,9 +12,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from orin_kit.errors import ArtifactError, OrinKitError, UserError
+from orin_kit.manifest import ONNX_DATA, ONNX_MODEL
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-MODEL, DATA = "model.onnx", "model.onnx.data"
 ELEMENT = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -36,10 +36,10 @@ class OnnxBackend:
     def __init__(
         self, directory: Path, *, max_len: int, batch_size: int = 1, threads: int | None = None, provider: str = "cpu"
     ) -> None:
-        self._files = [directory / MODEL, directory / DATA]
+        self._files = [directory / ONNX_MODEL, directory / ONNX_DATA]
         self._device = "cpu" if provider == "cpu" else provider
         threads = threads or len(os.sched_getaffinity(0))
-        self._session = _open(directory / MODEL, threads, provider)
+        self._session = _open(directory / ONNX_MODEL, threads, provider)
         inputs = {i.name: i for i in self._session.get_inputs()}
         self._caches = [name for name in inputs if name.startswith("past_key_values.")]
         first = inputs[self._caches[0]]
