@@ -6,7 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from orin_kit.tokenizer import TOKENIZER_FILES
@@ -45,6 +48,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama3": dict(model_type="llama", tie_word_embeddings=False, rope_parameters=LLAMA3),
     "llama-biased-linear": dict(model_type="llama", attention_bias=True, mlp_bias=True, rope_parameters=LINEAR),
     "mistral": dict(model_type="mistral", tie_word_embeddings=False, sliding_window=None),
+    # No layer attends, and without one transformers' cache cannot tell its length: use_cache is off.
+    "conv": dict(model_type="lfm2", conv_L_cache=24, full_attn_idxs=[], use_cache=False),
+    "conv-biased-untied": dict(
+        model_type="lfm2",
+        conv_L_cache=3,
+        full_attn_idxs=[],
+        use_cache=False,
+        conv_bias=True,
+        tie_word_embeddings=False,
+        block_auto_adjust_ff_dim=False,
+    ),
 }
 
 
@@ -71,3 +85,22 @@ def save_model(directory: Path, name: str, seed: int = 0, **changes: Any) -> Pre
     for file in TOKENIZER_FILES:
         shutil.copy(DEMO_TEACHER / file, directory / file) if (DEMO_TEACHER / file).is_file() else None
     return model
+
+
+def first_step(evaluator: ReferenceEvaluator, ids: NDArray[Any], lengths: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """What a graph of fp32 activations is fed to prefill rows `ids` `[batch, sequence]` of these lengths.
+
+    The caches hold 16 tokens; the logits are asked for at every position.
+    """
+    sizes = {"batch": len(ids), "max_len": 16}
+    feed = {
+        "input_ids": ids,
+        "past_lengths": np.zeros(len(ids), np.int64),
+        "logit_positions": np.broadcast_to(np.arange(ids.shape[1]), ids.shape),
+        "input_lengths": lengths,
+    }
+    for value in evaluator.proto_.graph.input:
+        if value.name.startswith("past_") and value.name != "past_lengths":
+            dims = [sizes.get(dim.dim_param, dim.dim_value) for dim in value.type.tensor_type.shape.dim]
+            feed[value.name] = np.zeros(dims, np.float32)
+    return {name: feed[name] for name in evaluator.input_names}

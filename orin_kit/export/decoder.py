@@ -4,6 +4,10 @@ Inputs: `input_ids` int64 `[batch, sequence]`; `past_lengths` int64 `[batch]`, t
 `logit_positions` int64 `[batch, n]`, where in the sequence logits are wanted; the caches. Outputs: `logits`, fp32
 `[batch, n, vocab]`, and the updated caches. A row shorter than the others is padded on its right: what the padding
 writes into the cache lies behind the row's length and is overwritten by its next tokens.
+
+A layer that convolves keeps a state instead, the last inputs of its convolution. It has no place behind the row's
+length to let padding write to, so such graphs have one more input: `input_lengths` int64 `[batch]`, the tokens of
+each row that are no padding.
 """
 
 from __future__ import annotations
@@ -34,16 +38,17 @@ def build_decoder(
     spec = tensors.spec
 
     residual = block.embed(graph.ids)
-    x = block.norm(residual, "model.layers.0.input_layernorm")
+    layout = spec.layout
+    mix = {"attention": block.attention, "conv": block.conv}[layout.mixer]
+    norms = [f"model.layers.{layer}.{layout.mixer_norm}" for layer in range(spec.num_hidden_layers)] + [layout.norm]
+    x = block.norm(residual, norms[0])
     for layer in range(spec.num_hidden_layers):
-        name = f"model.layers.{layer}"
-        last = layer + 1 == spec.num_hidden_layers
-        x = block.attention(block.linear(x, _linear(tensors, layer, "qkv_proj", "q_proj", "k_proj", "v_proj")), layer)
-        x = block.linear(x, _linear(tensors, layer, "o_proj", "o_proj"))
-        x, residual = block.add_norm(x, residual, f"{name}.post_attention_layernorm")
-        x = block.gate(block.linear(x, _linear(tensors, layer, "gate_up_proj", "gate_proj", "up_proj")))
-        x = block.linear(x, _linear(tensors, layer, "down_proj", "down_proj"))
-        x, residual = block.add_norm(x, residual, "model.norm" if last else f"model.layers.{layer + 1}.input_layernorm")
+        x = mix(block.linear(x, _linear(tensors, layer, *layout.mixer_in, together="qkv_proj")), layer)
+        x = block.linear(x, _linear(tensors, layer, layout.mixer_out))
+        x, residual = block.add_norm(x, residual, f"model.layers.{layer}.{layout.mlp_norm}")
+        x = block.gate(block.linear(x, _linear(tensors, layer, layout.gate, layout.up, together="gate_up_proj")))
+        x = block.linear(x, _linear(tensors, layer, layout.down))
+        x, residual = block.add_norm(x, residual, norms[layer + 1])
 
     wanted = graph.op.GatherND(x, graph.op.Unsqueeze(positions, [2]), batch_dims=1)
     logits = graph.op.Cast(block.linear(wanted, tensors.head()), to=ir.DataType.FLOAT)
@@ -53,15 +58,16 @@ def build_decoder(
     return ir.Model(build.graph, ir_version=10, producer_name="orin-kit")
 
 
-def _linear(tensors: DecoderTensors, layer: int, name: str, *parts: str) -> Linear:
-    shapes = {path.split(".")[1]: (path, shape) for path, shape in tensors.spec.linear_shapes().items()}
-    paths = [shapes[part][0] for part in parts]
+def _linear(tensors: DecoderTensors, layer: int, *parts: str, together: str = "") -> Linear:
+    """A layer's linear, or several side by side, called `together` in the graph."""
+    shapes = [tensors.spec.linear_shapes()[part] for part in parts]
     prefix = f"model.layers.{layer}"
+    name = parts[0] if len(parts) == 1 else f"{parts[0].rpartition('.')[0]}.{together}"
     return tensors.linear(
-        f"{prefix}.{paths[0].split('.')[0]}.{name}",
-        *(f"{prefix}.{path}" for path in paths),
-        out_features=sum(shapes[part][1][0] for part in parts),
-        in_features=shapes[parts[0]][1][1],
+        f"{prefix}.{name}",
+        *(f"{prefix}.{part}" for part in parts),
+        out_features=sum(out for out, _ in shapes),
+        in_features=shapes[0][1],
     )
 
 

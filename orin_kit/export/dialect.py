@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,6 +43,14 @@ class Dialect(Protocol):
 
     def attention(self, qkv: ir.Value, layer: int) -> ir.Value:
         """Query, key and value side by side -> attended values `[batch, sequence, q_size]`; updates the cache."""
+        ...
+
+    def conv(self, bcx: ir.Value, layer: int) -> ir.Value:
+        """Two gates and an input side by side, `[batch, sequence, 3 * hidden]` -> `c * causal_conv(b * x)`.
+
+        The convolution is depthwise, `conv_kernel_size` positions ending at each one's own. Updates the state: the last
+        `b * x` of each row's `input_lengths` tokens.
+        """
         ...
 
     def gate(self, gate_up: ir.Value) -> ir.Value:
@@ -142,7 +151,9 @@ class Graph:
         shape = (self.max_positions, self.spec.head_dim // 2)
 
         def table(index: int) -> Callable[[], NDArray[Any]]:
-            return lambda: self.spec.rope.cos_sin(self.max_positions, self.spec.head_dim)[index]
+            assert self.spec.rope is not None, "this decoder does not attend"
+            rope = self.spec.rope
+            return lambda: rope.cos_sin(self.max_positions, self.spec.head_dim)[index]
 
         return self.weight("rotary.cos", shape, table(0)), self.weight("rotary.sin", shape, table(1))
 
@@ -157,6 +168,37 @@ class Graph:
             output.type, output.shape = ir.TensorType(self.dtype), ir.Shape(self._cache_shape())
             self.build.add_output(output, name)
 
+    @cached_property
+    def input_lengths(self) -> ir.Value:
+        """int64 `[batch]`, the tokens of each row that are no padding; an input of graphs that convolve."""
+        return self.build.input("input_lengths", ir.DataType.INT64, ["batch"])
+
+    @cached_property
+    def state_positions(self) -> ir.Value:
+        """Where in old state and new inputs end to end a row's new state lies, int64 `[batch, state, 1]`."""
+        steps = self.constant(range(self.spec.conv_kernel_size - 1))
+        return self.op.Unsqueeze(self.op.Add(self.op.Unsqueeze(self.input_lengths, [1]), steps), [2])
+
+    def conv_weight(self, layer: int) -> tuple[ir.Value, ir.Value | None]:
+        """The layer's depthwise convolution: weight `[hidden, 1, conv_kernel_size]`, and its bias `[hidden]`."""
+        spec, name = self.spec, f"model.layers.{layer}.{self.spec.layout.conv}"
+        shape = (spec.hidden_size, 1, spec.conv_kernel_size)
+        weight = self.weight(f"{name}.weight", shape, lambda: self.tensors.conv(name))
+        if not spec.conv_bias:
+            return weight, None
+        return weight, self.weight(f"{name}.bias", shape[:1], lambda: self.tensors.source.float32(f"{name}.bias"))
+
+    def conv_state(self, layer: int) -> ir.Value:
+        """The layer's state input `[batch, hidden, conv_kernel_size - 1]`, the oldest first."""
+        return self.build.input(conv_name("past", layer), self.dtype, self._state_shape())
+
+    def output_conv_state(self, layer: int, state: ir.Value) -> None:
+        state.type, state.shape = ir.TensorType(self.dtype), ir.Shape(self._state_shape())
+        self.build.add_output(state, conv_name("present", layer))
+
+    def _state_shape(self) -> list[int | str]:
+        return ["batch", self.spec.hidden_size, self.spec.conv_kernel_size - 1]
+
     def _cache_shape(self) -> list[int | str]:
         return ["batch", self.spec.num_key_value_heads, "max_len", self.spec.head_dim]
 
@@ -164,3 +206,8 @@ class Graph:
 def cache_names(prefix: str, layer: int) -> tuple[str, str]:
     """The names of a layer's cache in the graph: `past_key_values.0.key`, `present.0.value`, ..."""
     return f"{prefix}.{layer}.key", f"{prefix}.{layer}.value"
+
+
+def conv_name(when: str, layer: int) -> str:
+    """The name of a layer's convolution state in the graph: `past_conv.0`, `present_conv.0`, ..."""
+    return f"{when}_conv.{layer}"

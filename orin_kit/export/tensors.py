@@ -96,6 +96,11 @@ class DecoderTensors:
         """A norm's weight, fp32."""
         return self.source.float32(f"{name}.weight")
 
+    def conv(self, name: str) -> NDArray[np.float32]:
+        """A depthwise convolution's weight, fp32 `[hidden, 1, conv_kernel_size]`."""
+        shape = (self.spec.hidden_size, 1, self.spec.conv_kernel_size)
+        return _checked(self.source.float32(f"{name}.weight"), shape, (name,))
+
     def _is_packed(self, part: str) -> bool:
         return f"{part}.weight_packed" in self.source
 

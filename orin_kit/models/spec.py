@@ -7,28 +7,23 @@ or refused: nothing is ignored silently.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orin_kit.errors import ArtifactError, UnsupportedModelError
+from orin_kit.models.families import FAMILIES, Family, Layout
 from orin_kit.models.rope import Rope, read_rope
 
-EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"  # as every family names them
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"  # as every family names them
 
-# What each family does that its config does not say. Sources: transformers/models/{qwen2,qwen3,llama,mistral}.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen2": {"qkv_bias": True, "qk_norm": False},
-    "qwen3": {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "qk_norm": True},
-    "llama": {"qkv_bias": "attention_bias", "o_bias": "attention_bias", "mlp_bias": "mlp_bias", "qk_norm": False},
-    "mistral": {"qkv_bias": False, "qk_norm": False},
-}
-# Read below.
+# Read below, of every family.
 USED = {
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
-    "rope_parameters", "tie_word_embeddings", "attention_bias", "mlp_bias", "hidden_act", "quantization_config",
-    "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "partial_rotary_factor",
+    "rope_parameters", "tie_word_embeddings", "hidden_act", "quantization_config", "sliding_window",
+    "use_sliding_window", "max_window_layers", "layer_types", "partial_rotary_factor",
     "original_max_position_embeddings",
 }  # fmt: skip
 # They change training, generation defaults or bookkeeping, not the graph.
@@ -39,14 +34,20 @@ HARMLESS = {
     "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type", "finetuning_task",
     "use_mrope",
 }  # fmt: skip
+MEND = "use a model without it, or ask for it in an issue"
 
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """A pre-norm, RoPE, gated-MLP decoder, in the config's own field names.
+    """A pre-norm, gated-MLP decoder whose mixer is attention with RoPE or a convolution, in the config's field names.
 
     Attributes:
+        layout: what the family calls the parts of a layer, and which mixer it has.
+        intermediate_size: of the MLP as it is built (LFM2's configs may say another, see `_mlp_width`).
+        num_attention_heads, num_key_value_heads, head_dim, rope: 0 and None without attention.
+        conv_kernel_size: LFM2's `conv_L_cache`, the positions that one convolution sees; 0 without convolution.
         qkv_bias, o_bias, mlp_bias: whether those projections carry a bias.
+        conv_bias: whether a convolution and the projections around it carry biases.
         qk_norm: RMS norm over head_dim on queries and keys, before RoPE (Qwen3).
         rope: rotary frequencies with their scaling.
         tie_word_embeddings: the head is the embedding table.
@@ -54,6 +55,7 @@ class DecoderSpec:
     """
 
     model_type: str
+    layout: Layout
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -63,12 +65,14 @@ class DecoderSpec:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope: Rope
+    rope: Rope | None
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    conv_bias: bool = False
+    conv_kernel_size: int = 0
     quantization_config: dict[str, Any] | None = None
 
     @property
@@ -81,29 +85,50 @@ class DecoderSpec:
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """The linears of one layer: name below `model.layers.N.` -> `(out_features, in_features)`."""
-        hidden, inner = self.hidden_size, self.intermediate_size
+        hidden, inner, layout = self.hidden_size, self.intermediate_size, self.layout
+        attends = layout.mixer == "attention"
+        mixed = (self.q_size, self.kv_size, self.kv_size) if attends else (3 * hidden,)
         return {
-            "self_attn.q_proj": (self.q_size, hidden),
-            "self_attn.k_proj": (self.kv_size, hidden),
-            "self_attn.v_proj": (self.kv_size, hidden),
-            "self_attn.o_proj": (hidden, self.q_size),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
+            **{name: (size, hidden) for name, size in zip(layout.mixer_in, mixed, strict=True)},
+            layout.mixer_out: (hidden, self.q_size if attends else hidden),
+            layout.gate: (inner, hidden),
+            layout.up: (inner, hidden),
+            layout.down: (hidden, inner),
         }
+
+    def plain_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The other tensors of one layer, norms, biases and convolution: name below `model.layers.N.` -> shape."""
+        layout = self.layout
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{norm}.weight": (self.hidden_size,) for norm in (layout.mixer_norm, layout.mlp_norm)
+        }
+        if self.qk_norm:
+            shapes |= {f"self_attn.{norm}.weight": (self.head_dim,) for norm in ("q_norm", "k_norm")}
+        if layout.conv is not None:
+            shapes[f"{layout.conv}.weight"] = (self.hidden_size, 1, self.conv_kernel_size)
+            if self.conv_bias:
+                shapes[f"{layout.conv}.bias"] = (self.hidden_size,)
+        biased = dict.fromkeys(layout.mixer_in, self.qkv_bias or self.conv_bias)
+        biased[layout.mixer_out] = self.o_bias or self.conv_bias
+        for name, (rows, _) in self.linear_shapes().items():
+            if biased.get(name, self.mlp_bias):
+                shapes[f"{name}.bias"] = (rows,)
+        return shapes
 
     @property
     def num_parameters(self) -> int:
         """Weights and biases; a tied table counts once."""
-        layer = sum(out * inner for out, inner in self.linear_shapes().values()) + 2 * self.hidden_size
-        layer += (self.q_size + 2 * self.kv_size) * self.qkv_bias + self.hidden_size * self.o_bias
-        layer += (2 * self.intermediate_size + self.hidden_size) * self.mlp_bias + 2 * self.head_dim * self.qk_norm
+        layer = sum(math.prod(shape) for shape in (*self.linear_shapes().values(), *self.plain_shapes().values()))
         tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return layer * self.num_hidden_layers + tables + self.hidden_size
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
-        """Bytes that one more token of context costs in the cache, keys and values of all layers."""
+        """Bytes that one more token of context costs in the cache, keys and values in all; 0 for convolutions."""
         return 2 * self.num_hidden_layers * self.kv_size * bytes_per_value
+
+    def conv_state_bytes(self, bytes_per_value: int) -> int:
+        """Bytes of one row's convolution states, the same at any length; 0 for attention."""
+        return self.num_hidden_layers * self.hidden_size * max(self.conv_kernel_size - 1, 0) * bytes_per_value
 
 
 def read_spec(directory: str | Path) -> DecoderSpec:
@@ -141,11 +166,15 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 def spec_from_config(config: dict[str, Any], source: str = "config.json") -> DecoderSpec:
     """Build a spec from the fields of a config (see `read_spec`)."""
     family = _family(config, source)
-    _refuse_unknown(config, source)
+    _refuse_other_layers(config, family, source)
+    _refuse_unknown(config, family, source)
+    renamed = {ours: config[theirs] for theirs, ours in family.aliases.items() if theirs in config}
+    config = family.defaults | config | renamed
+    convolves = family.layout.mixer == "conv"
 
     def trait(name: str) -> bool:
-        value = family.get(name, False)
-        return bool(config.get(value, False)) if isinstance(value, str) else bool(value)
+        value = family.traits.get(name, False)
+        return bool(config.get(value, False)) if isinstance(value, str) else value
 
     def size(name: str, default: int | None = None) -> int:
         value = config.get(name)
@@ -154,35 +183,46 @@ def spec_from_config(config: dict[str, Any], source: str = "config.json") -> Dec
             raise UnsupportedModelError(f"{source}: {name} is {value!r}", mend="it must be a positive whole number")
         return value
 
-    heads = size("num_attention_heads")
+    heads = 0 if convolves else size("num_attention_heads")
     spec = DecoderSpec(
         model_type=config["model_type"],
+        layout=family.layout,
         vocab_size=size("vocab_size"),
         hidden_size=size("hidden_size"),
-        intermediate_size=size("intermediate_size"),
+        intermediate_size=_mlp_width(config, size("intermediate_size"), source),
         num_hidden_layers=size("num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=size("num_key_value_heads", heads),
-        head_dim=size("head_dim", size("hidden_size") // heads),
+        num_key_value_heads=0 if convolves else size("num_key_value_heads", heads),
+        head_dim=0 if convolves else size("head_dim", size("hidden_size") // heads),
         max_position_embeddings=size("max_position_embeddings"),
         rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope=read_rope(config, source),
+        rope=None if convolves else read_rope(config, source),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=trait("qkv_bias"),
         o_bias=trait("o_bias"),
         mlp_bias=trait("mlp_bias"),
         qk_norm=trait("qk_norm"),
+        conv_bias=trait("conv_bias"),
+        conv_kernel_size=size("conv_L_cache") if convolves else 0,
         quantization_config=config.get("quantization_config"),
     )
-    if spec.num_attention_heads % spec.num_key_value_heads:
-        what = f"{source}: {heads} attention heads cannot share {spec.num_key_value_heads} key-value heads"
-        raise UnsupportedModelError(what, mend="num_attention_heads must be a multiple of num_key_value_heads")
-    if spec.head_dim % 2:
-        raise UnsupportedModelError(f"{source}: head_dim {spec.head_dim} is odd", mend="RoPE needs an even head_dim")
+    if not convolves:
+        _check_heads(spec, source)
+    elif spec.conv_kernel_size < 2:
+        raise UnsupportedModelError(f"{source}: conv_L_cache is 1", mend="a convolution must see 2 positions or more")
     return spec
 
 
-def _family(config: dict[str, Any], source: str) -> dict[str, Any]:
+def _check_heads(spec: DecoderSpec, source: str) -> None:
+    heads, shared = spec.num_attention_heads, spec.num_key_value_heads
+    if heads % shared:
+        what = f"{source}: {heads} attention heads cannot share {shared} key-value heads"
+        raise UnsupportedModelError(what, mend="num_attention_heads must be a multiple of num_key_value_heads")
+    if spec.head_dim % 2:
+        raise UnsupportedModelError(f"{source}: head_dim {spec.head_dim} is odd", mend="RoPE needs an even head_dim")
+
+
+def _family(config: dict[str, Any], source: str) -> Family:
     known = ", ".join(FAMILIES)
     name = config.get("model_type")
     if name not in FAMILIES:
@@ -190,26 +230,52 @@ def _family(config: dict[str, Any], source: str) -> dict[str, Any]:
     return FAMILIES[name]
 
 
-def _refuse_unknown(config: dict[str, Any], source: str) -> None:
-    def refuse(field: str, why: str) -> None:
-        what = f"{source}: {field} = {config.get(field)!r} {why}"
-        raise UnsupportedModelError(what, mend="use a model without it, or ask for it in an issue")
+def _mlp_width(config: dict[str, Any], width: int, source: str) -> int:
+    """LFM2's configs may give the width of an ungated MLP, to be made that of a gated one (see Lfm2MLP)."""
+    if not config.get("block_auto_adjust_ff_dim", False):
+        return width
+    factor, multiple = config.get("block_ffn_dim_multiplier"), config.get("block_multiple_of")
+    if not isinstance(factor, int | float) or not isinstance(multiple, int) or multiple < 1 or factor <= 0:
+        what = f"{source}: block_ffn_dim_multiplier is {factor!r}, block_multiple_of {multiple!r}"
+        raise UnsupportedModelError(what, mend="they must be positive numbers, the second a whole one")
+    return multiple * -(-int(factor * int(2 * width / 3)) // multiple)
 
-    for field in sorted(set(config) - USED - HARMLESS):
+
+def _refuse_other_layers(config: dict[str, Any], family: Family, source: str) -> None:
+    """Every layer must have the family's one mixer."""
+    kinds = config.get("layer_types")
+    if family.layout.mixer == "attention":
+        if any(kind != "full_attention" for kind in kinds or ()):
+            what = f"{source}: layer_types = {kinds!r} names layers other than full_attention"
+            raise UnsupportedModelError(what, mend=MEND)
+        return
+    if kinds is None:  # as Lfm2Config reads it: without a list every layer attends
+        attention = config.get("full_attn_idxs")
+        hybrid = attention is None or bool(attention)
+    else:
+        hybrid = len(kinds) != config.get("num_hidden_layers") or any(kind != "conv" for kind in kinds)
+    if hybrid:
+        field = "full_attn_idxs" if kinds is None else "layer_types"
+        what = f"{source}: {field} = {config.get(field)!r} names layers other than conv: hybrids are not supported"
+        raise UnsupportedModelError(what, mend="use a model whose layers are all convolutions, or none")
+
+
+def _refuse_unknown(config: dict[str, Any], family: Family, source: str) -> None:
+    def refuse(field: str, why: str) -> None:
+        raise UnsupportedModelError(f"{source}: {field} = {config.get(field)!r} {why}", mend=MEND)
+
+    for field in sorted(set(config) - (USED - family.lacks) - HARMLESS - family.fields - set(family.aliases)):
         if config[field] not in (None, False):
-            refuse(field, "is not known to orin-kit")
+            known = USED.union(*(other.fields | set(other.aliases) for other in FAMILIES.values()))
+            refuse(
+                field, f"does not belong to {config['model_type']}" if field in known else "is not known to orin-kit"
+            )
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         refuse("hidden_act", "is not supported (only silu)")
-    family = config["model_type"]
-    for field, families in (("attention_bias", ("qwen3", "llama")), ("mlp_bias", ("llama",))):
-        if config.get(field) and family not in families:
-            refuse(field, f"does not belong to {family}")
     if config.get("partial_rotary_factor", 1.0) not in (None, 1.0):
         refuse("partial_rotary_factor", "is not supported")
     # Mistral has no switch: its window is on whenever it is set.
-    switched_on = config.get("use_sliding_window", family == "mistral")
+    switched_on = config.get("use_sliding_window", config["model_type"] == "mistral")
     window = config.get("sliding_window")
     if switched_on and window and window < config.get("max_position_embeddings", 0):
         refuse("sliding_window", "is shorter than the context; sliding windows are not supported")
-    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
-        refuse("layer_types", "names layers other than full_attention")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from orin_kit.errors import UserError
-from orin_kit.models.spec import HEAD, NORM
+from orin_kit.models.spec import HEAD
 from orin_kit.quantize.checkpoint import Checkpoint, Quantized, Section
 from orin_kit.quantize.compressed import packed_tensors
 from orin_kit.quantize.int4 import dequantize, quantize_groups
@@ -45,7 +45,15 @@ DECODER = (
     Fold("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     Fold("mlp.up_proj", ("mlp.down_proj",)),
 )
-FOLDS: dict[str, tuple[Fold, ...]] = {"qwen2": DECODER, "qwen3": DECODER, "llama": DECODER, "mistral": DECODER}
+CONV = (
+    Fold("operator_norm", ("conv.in_proj",)),
+    Fold("conv.conv", ("conv.out_proj",)),  # depthwise: its channels can be scaled as a linear's outputs
+    Fold("ffn_norm", ("feed_forward.w1", "feed_forward.w3")),
+    Fold("feed_forward.w3", ("feed_forward.w2",)),
+)
+FOLDS: dict[str, tuple[Fold, ...]] = {
+    "qwen2": DECODER, "qwen3": DECODER, "llama": DECODER, "mistral": DECODER, "lfm2": CONV,
+}  # fmt: skip
 
 
 @dataclass
@@ -157,7 +165,7 @@ def apply_fold(layer: nn.Module, fold: Fold, inputs: Inputs, head_dim: int) -> N
     channels = producer.get_parameter("weight").shape[0]
     owner = channel_owners(channels, consumers[0].shape[1], head_dim).to(inputs.magnitude.device)
     scale = search_scale(consumers, inputs, owner)
-    for parameter in producer.parameters():  # [out, in] or [out]: a norm's weight, a linear's weight and bias
+    for parameter in producer.parameters():  # [out, ...], of a norm, a linear or a depthwise convolution
         parameter.div_(scale.view(-1, *[1] * (parameter.ndim - 1)))
     for weight in consumers:
         weight.mul_(scale[owner])
@@ -229,6 +237,6 @@ def _head(decoder: LayerwiseDecoder, section: Section, hidden: torch.Tensor, gro
     rows = slice(None, None, max(1, len(head.weight) // SEARCH_ROWS))
     expected = x @ head.weight[rows].T
     tensors |= quantize_linear(head, inputs, HEAD)
-    tensors[f"{NORM}.weight"] = norm.get_parameter("weight").cpu().numpy()
+    tensors[f"{decoder.checkpoint.spec.layout.norm}.weight"] = norm.get_parameter("weight").cpu().numpy()
     loss = (x @ head.weight[rows].T - expected).square().sum() / expected.square().sum().clamp_min(1e-30)
     return Quantized(section.name, tensors, float(loss))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orin_kit.errors import ArtifactError, UnsupportedModelError
-from orin_kit.models.spec import EMBEDDING, HEAD, NORM, DecoderSpec, read_spec
+from orin_kit.models.spec import EMBEDDING, HEAD, DecoderSpec, read_spec
 from orin_kit.models.weights import WeightSource
 from orin_kit.quantize.compressed import Int4Config, packed_entries, read_packed
 from orin_kit.quantize.int4 import check_group_size, dequantize, unpack
@@ -110,8 +110,9 @@ def sections(spec: DecoderSpec, *, lm_head: bool) -> list[Section]:
     for layer in range(spec.num_hidden_layers):
         prefix = f"model.layers.{layer}"
         linears = {f"{prefix}.{name}": shape for name, shape in spec.linear_shapes().items()}
-        cut.append(Section(f"layer {layer}", linears, dict(_layer_vectors(spec, prefix))))
-    norm: dict[str, tuple[int, ...]] = {f"{NORM}.weight": (spec.hidden_size,)}
+        plain = {f"{prefix}.{name}": shape for name, shape in spec.plain_shapes().items()}
+        cut.append(Section(f"layer {layer}", linears, plain))
+    norm: dict[str, tuple[int, ...]] = {f"{spec.layout.norm}.weight": (spec.hidden_size,)}
     if not lm_head and not spec.tie_word_embeddings:
         norm[f"{HEAD}.weight"] = table
     cut.append(Section("head", {HEAD: table} if lm_head else {}, norm))
@@ -134,18 +135,6 @@ def plan(cut: Sequence[Section], group_size: int) -> Plan:
         for name, shape in section.linears.items():
             entries |= packed_entries(name, shape, group_size)
     return entries
-
-
-def _layer_vectors(spec: DecoderSpec, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """A layer's norms and biases."""
-    for norm in ("input_layernorm", "post_attention_layernorm"):
-        yield f"{prefix}.{norm}.weight", (spec.hidden_size,)
-    for norm in ("q_norm", "k_norm") if spec.qk_norm else ():
-        yield f"{prefix}.self_attn.{norm}.weight", (spec.head_dim,)
-    biased = {"q_proj": spec.qkv_bias, "k_proj": spec.qkv_bias, "v_proj": spec.qkv_bias, "o_proj": spec.o_bias}
-    for name, (rows, _) in spec.linear_shapes().items():
-        if biased.get(name.rpartition(".")[2], spec.mlp_bias):
-            yield f"{prefix}.{name}.bias", (rows,)
 
 
 def _plain_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:

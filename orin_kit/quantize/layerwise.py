@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from orin_kit.models.spec import EMBEDDING, HEAD, NORM
+from orin_kit.models.spec import EMBEDDING, HEAD
 from orin_kit.quantize.checkpoint import Checkpoint
 
 BATCH_TOKENS = 2048  # that go through a layer together
@@ -54,8 +54,9 @@ class LayerwiseDecoder:
 
     def norm(self) -> torch.nn.Module:
         """Load the norm before the head."""
-        norm: torch.nn.Module = self._decoder.norm
-        norm.load_state_dict({"weight": self._load(f"{NORM}.weight")}, assign=True)
+        name = self.checkpoint.spec.layout.norm
+        norm: torch.nn.Module = self._decoder.get_submodule(name.removeprefix("model."))
+        norm.load_state_dict({"weight": self._load(f"{name}.weight")}, assign=True)
         return norm.requires_grad_(False)
 
     def head(self) -> torch.Tensor:

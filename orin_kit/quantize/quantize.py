@@ -152,6 +152,7 @@ def _write_config(checkpoint: Checkpoint, directory: Path, scheme: Int4Config) -
     config["dtype" if "dtype" in config else "torch_dtype"] = "float16"
     if HEAD not in scheme.ignored:
         config["tie_word_embeddings"] = False
+        config.pop("tie_embedding", None)  # LFM2's older name for it, which would win
     config["quantization_config"] = scheme.to_config()
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 

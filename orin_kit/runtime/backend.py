@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 
 class Backend(Protocol):
-    """A decoder with its KV cache, preallocated for `batch_size` rows of `max_len` tokens.
+    """A decoder with its cache, preallocated for `batch_size` rows of `max_len` tokens.
+
+    The cache holds the keys and values of layers that attend, and the states of layers that convolve.
 
     Implementations: `backends/onnx.py` (onnxruntime), later `backends/tensorrt.py`.
     """
@@ -47,8 +49,14 @@ class Backend(Protocol):
         """Logits of every position, fp32 `[batch, sequence, vocab]`, of rows `[batch, sequence]`; empties the cache."""
         ...
 
-    def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens of every row: a shared prefix is kept, not computed again."""
+    def truncate(self, length: int) -> int:
+        """Forget all but the first `length` tokens of every row: a shared prefix is kept, not computed again.
+
+        A convolution's state cannot go back: there a row of more than `length` tokens forgets all of them.
+
+        Returns:
+            The tokens that the longest row holds now, `length` at most.
+        """
         ...
 
     def reset(self, batch_size: int | None = None) -> None:
@@ -56,5 +64,5 @@ class Backend(Protocol):
         ...
 
     def memory(self) -> dict[str, int]:
-        """Bytes by kind: `weights` (files on disk), `kv_cache`."""
+        """Bytes by kind: `weights` (files on disk), `kv_cache` (reserved, convolution states among it)."""
         ...

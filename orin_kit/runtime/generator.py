@@ -115,7 +115,8 @@ class Generator:
         known = min(len(self._cached), int(self.backend.lengths[0]), len(prompt) - 1)
         reused = next((i for i in range(known) if self._cached[i] != prompt[i]), known)
         self._cached = self._cached[:reused]
-        self.backend.truncate(reused)
+        reused = self.backend.truncate(reused)
+        self._cached = self._cached[:reused]
         logits: NDArray[np.float32] = self.backend.prefill([prompt[reused:]])[0]
         self._cached = list(prompt)
         return reused, logits

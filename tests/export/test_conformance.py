@@ -9,7 +9,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
-from families import FAMILIES, save_model
+from families import FAMILIES, first_step, save_model
 from orin_kit.export.export import export
 from orin_kit.runtime.runtime import open_runtime
 
@@ -77,8 +77,9 @@ def test_prompt_in_pieces_and_truncation_equal_one_piece(family: tuple[torch.nn.
     backend = open_runtime(directory / "onnx", max_len=64).backend
     backend.prefill([ids[0, :10].tolist()])
     backend.prefill([[1, 2, 3, 4, 5]])  # to be forgotten
-    backend.truncate(10)
-    assert np.abs(backend.prefill([ids[0, 10:33].tolist()])[0] - expected[32]).max() <= TOLERANCE
+    kept = backend.truncate(10)
+    assert kept == (0 if model.config.model_type == "lfm2" else 10) == backend.lengths[0]
+    assert np.abs(backend.prefill([ids[0, kept:33].tolist()])[0] - expected[32]).max() <= TOLERANCE
     assert np.abs(backend.prefill([ids[0, 33:].tolist()])[0] - expected[39]).max() <= TOLERANCE
 
 
@@ -90,16 +91,17 @@ def test_reference_dialect_in_onnx_reference(family: tuple[torch.nn.Module, Path
     rng = np.random.default_rng()
     ids = rng.integers(0, 2048, (2, 12))
     lengths, following = np.array([12, 7]), rng.integers(0, 2048, (2, 1))
-    caches = {n: np.zeros((2, 2, 16, 64), np.float32) for n in evaluator.input_names if n.startswith("past_key")}
-    feed = {"input_ids": ids, "past_lengths": np.zeros(2, np.int64), "logit_positions": (lengths - 1)[:, None]}
-    logits, *present = evaluator.run(None, feed | caches)
-    caches = dict(zip(caches, present, strict=True))
-    feed = {"input_ids": following, "past_lengths": lengths, "logit_positions": np.zeros((2, 1), np.int64)}
-    decoded = evaluator.run(None, feed | caches)[0]
+    feed = first_step(evaluator, ids, lengths)
+    logits, *present = evaluator.run(None, feed)
+    caches = [name for name in feed if name.startswith("past_") and name != "past_lengths"]
+    feed |= dict(zip(caches, present, strict=True))
+    feed |= {"input_ids": following, "past_lengths": lengths, "logit_positions": np.zeros((2, 1), np.int64)}
+    feed |= {"input_lengths": np.ones(2, np.int64)} if "input_lengths" in feed else {}
+    decoded = evaluator.run(None, feed)[0]
     for row, length in enumerate(lengths):
         whole = np.concatenate([ids[row, :length], following[row]])[None]
         expected = reference_logits(model, whole)[0]
-        assert np.abs(logits[row, 0] - expected[length - 1]).max() <= TOLERANCE
+        assert np.abs(logits[row, :length] - expected[:length]).max() <= TOLERANCE
         assert np.abs(decoded[row, 0] - expected[length]).max() <= TOLERANCE
 
 

@@ -11,7 +11,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from transformers import PreTrainedModel
 
-from families import save_model
+from families import first_step, save_model
 from orin_kit.export.export import export
 from orin_kit.models.weights import WeightSource
 from orin_kit.quantize.compressed import read_packed
@@ -22,7 +22,7 @@ from orin_kit.runtime.runtime import open_runtime
 GROUP = 64
 
 
-@pytest.fixture(scope="module", params=["qwen2", "qwen3", "llama-biased-linear"])
+@pytest.fixture(scope="module", params=["qwen2", "qwen3", "llama-biased-linear", "conv"])
 def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
     """A model whose weights are the INT4 checkpoint's, and the folder of that checkpoint, `int4`."""
     home = tmp_path_factory.mktemp(request.param)
@@ -36,7 +36,7 @@ def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
                 packed = read_packed(source, name)
                 module.weight.copy_(torch.from_numpy(dequantize(unpack(packed.packed), packed.scales, GROUP)))
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 or "embed" in name:  # stored in fp16
+            if parameter.ndim != 2 or "embed" in name:  # stored in fp16
                 parameter.copy_(parameter.half().float())
     return model, home
 
@@ -56,9 +56,8 @@ def test_reference_dialect_is_exact(quantized: tuple[PreTrainedModel, Path], tmp
     export(home / "int4", tmp_path / "ref", dialect="reference", embedding_bits=16, max_len=64, progress=False)
     evaluator = ReferenceEvaluator(str(tmp_path / "ref/model.onnx"))
     ids = np.random.default_rng().integers(0, 2048, (1, 9))
-    feed = {"input_ids": ids, "past_lengths": np.zeros(1, np.int64), "logit_positions": np.arange(9)[None]}
-    feed |= {n: np.zeros((1, 2, 16, 64), np.float32) for n in evaluator.input_names if n.startswith("past_key")}
-    assert np.abs(evaluator.run(None, feed)[0] - expected_logits(model, ids)).max() <= 1e-3
+    logits = evaluator.run(None, first_step(evaluator, ids, np.array([9])))[0]
+    assert np.abs(logits - expected_logits(model, ids)).max() <= 1e-3
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(16, 0.08), (8, 0.08), (4, 0.5)])
@@ -83,9 +82,10 @@ def test_dequantized_export_is_exact(quantized: tuple[PreTrainedModel, Path], tm
 def test_the_embedding_bits_that_quantize_was_told_are_used(
     quantized: tuple[PreTrainedModel, Path], tmp_path: Path
 ) -> None:
-    _, home = quantized
+    model, home = quantized
     export(home / "int4", tmp_path / "onnx", progress=False)
     graph = onnx.load(tmp_path / "onnx/model.onnx", load_external_data=False).graph
     gather = next(node for node in graph.node if node.op_type == "GatherBlockQuantized")
     assert {a.name: a.i for a in gather.attribute}["bits"] == 8
-    assert {node.op_type for node in graph.node} >= {"MatMulNBits", "GroupQueryAttention"}
+    mixer = "CausalConvWithState" if model.config.model_type == "lfm2" else "GroupQueryAttention"
+    assert {node.op_type for node in graph.node} >= {"MatMulNBits", mixer}

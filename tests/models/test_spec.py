@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from families import FAMILIES, make_model
+from families import COMMON, FAMILIES, make_model
 from orin_kit.errors import ArtifactError, UnsupportedModelError
 from orin_kit.models.spec import read_spec, spec_from_config
 
@@ -59,6 +61,59 @@ def test_qwen25_1_5b() -> None:
 def test_what_is_not_built_is_refused_by_name(change: dict[str, Any], named: str) -> None:
     with pytest.raises(UnsupportedModelError, match=named):
         spec_from_config(QWEN25_1_5B | change)
+
+
+LFM2: dict[str, Any] = COMMON | {"model_type": "lfm2", "layer_types": ["conv"] * 3, "norm_eps": 1e-5}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"intermediate_size": 641},
+        {"block_multiple_of": 7},
+        {"block_ffn_dim_multiplier": 1.3, "block_multiple_of": 32},
+        {"block_auto_adjust_ff_dim": False},
+        {"block_ff_dim": 777},
+        {"conv_L_cache": 2, "conv_bias": True, "tie_embedding": False},
+    ],
+)
+def test_the_parts_of_lfm2_are_as_large_as_those_of_transformers(change: dict[str, Any]) -> None:
+    """Its MLP's width is worked out, and older configs have other names for some fields."""
+    config = AutoConfig.for_model(**(LFM2 | change))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    spec = spec_from_config(LFM2 | change)
+    assert spec.num_parameters == sum(p.numel() for p in model.parameters())
+    shapes = {name: tuple(p.shape) for name, p in model.model.layers[1].named_parameters()}
+    assert shapes == spec.plain_shapes() | {f"{name}.weight": shape for name, shape in spec.linear_shapes().items()}
+    assert spec.kv_bytes_per_token(4) == 0
+    assert spec.conv_state_bytes(2) == 2 * 3 * 384 * (config.conv_L_cache - 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"layer_types": ["conv", "full_attention", "conv"]}, "layer_types.*hybrids are not supported"),
+        ({"layer_types": ["conv"]}, "layer_types"),
+        ({"layer_types": None}, "full_attn_idxs = None"),
+        ({"layer_types": None, "full_attn_idxs": [2]}, r"full_attn_idxs = \[2\]"),
+        ({"conv_L_cache": 0}, "conv_L_cache"),
+        ({"conv_L_cache": 1}, "conv_L_cache is 1"),
+        ({"block_multiple_of": 0}, "block_multiple_of"),
+        ({"block_ffn_dim_multiplier": None}, "block_ffn_dim_multiplier"),
+        ({"conv_dim": 384}, "conv_dim.*is not known"),
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps.*does not belong to lfm2"),
+        ({"attention_bias": True}, "attention_bias.*does not belong to lfm2"),
+    ],
+)
+def test_what_is_not_built_of_lfm2_is_refused_by_name(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=named):
+        spec_from_config(LFM2 | change)
+
+
+def test_the_layers_of_another_family_are_not_taken_silently() -> None:
+    with pytest.raises(UnsupportedModelError, match="conv_L_cache.*does not belong to qwen2"):
+        spec_from_config(QWEN25_1_5B | {"conv_L_cache": 3})
 
 
 def test_missing_and_broken_configs(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from families import FAMILIES, save_model
+from orin_kit.models import families as models
 from orin_kit.quantize import awq
 from orin_kit.quantize.awq import FOLDS, Fold, Inputs, apply_fold, channel_owners, observe, search_scale
 from orin_kit.quantize.checkpoint import Checkpoint, Quantized, sections
@@ -43,6 +44,7 @@ def test_folds_leave_the_logits_alone(name: str, tmp_path: Path, monkeypatch: py
         changed = {n for n, p in layer.named_parameters() if not torch.equal(p, before[n])}
         unscaled = {"self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.o_proj.bias", "mlp.gate_proj.bias"}
         unscaled |= {"mlp.down_proj.bias", "self_attn.q_norm.weight", "self_attn.k_norm.weight"}
+        unscaled |= {"conv.in_proj.bias", "conv.out_proj.bias"}
         assert changed == set(before) - unscaled, index
     with torch.no_grad():
         folded = model(ids).logits
@@ -121,14 +123,15 @@ def dequantized(checkpoint: Checkpoint, parts: Iterator[Quantized]) -> dict[str,
     return state
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "conv"])
 def test_awq_beats_rounding_where_channels_stand_out(name: str, tmp_path: Path) -> None:
     """A few channels of the norms' outputs are 20 times the others', as in trained models of size."""
     model = save_model(tmp_path, name, num_hidden_layers=2)
     with torch.no_grad():
         for layer in model.model.layers:
-            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-                norm.weight[torch.randperm(384)[:6]] *= 20
+            for key, parameter in layer.named_parameters():
+                if key.endswith(("layernorm.weight", "operator_norm.weight", "ffn_norm.weight")):
+                    parameter[torch.randperm(384)[:6]] *= 20
     model.save_pretrained(tmp_path)
     checkpoint = Checkpoint(tmp_path)
     cut = sections(checkpoint.spec, lm_head=False)
@@ -146,5 +149,8 @@ def test_awq_beats_rounding_where_channels_stand_out(name: str, tmp_path: Path) 
 def test_folds_name_every_linear_once() -> None:
     for family, folds in FOLDS.items():
         consumers = [name for fold in folds for name in fold.consumers]
-        assert len(consumers) == len(set(consumers)) == 7, family
+        layout = models.FAMILIES[family].layout
+        assert sorted(consumers) == sorted((*layout.mixer_in, layout.mixer_out, layout.gate, layout.up, layout.down)), (
+            family
+        )
     assert Fold("self_attn.v_proj", ("self_attn.o_proj",)) in FOLDS["qwen2"]

@@ -69,6 +69,8 @@ def reference(model: Path, quantized: Path) -> Any:
         ("qwen3", "awq", 64, True),
         ("llama-biased-linear", "awq", 128, False),
         ("mistral", "rtn", 128, True),
+        ("conv", "awq", 64, True),
+        ("conv-biased-untied", "awq", 128, False),
     ],
 )
 @torch.no_grad()

@@ -68,6 +68,17 @@ class ReferenceDialect:
         out = op.Attention(query, keys, values, self._mask(past_key))
         return op.Reshape(op.Transpose(out, perm=[0, 2, 1, 3]), [0, 0, spec.q_size])
 
+    def conv(self, bcx: ir.Value, layer: int) -> ir.Value:
+        graph, op = self.graph, self.op
+        b, c, x = op.several("Split", 3, bcx, num_outputs=3, axis=-1)
+        past = op.Transpose(graph.conv_state(layer), perm=[0, 2, 1])
+        seen = op.Concat(past, op.Mul(b, x), axis=1)  # [batch, state + sequence, hidden]
+        weight, bias = graph.conv_weight(layer)
+        convolved = op.Conv(op.Transpose(seen, perm=[0, 2, 1]), weight, bias, group=graph.spec.hidden_size)
+        state = op.GatherND(seen, graph.state_positions, batch_dims=1)
+        graph.output_conv_state(layer, op.Transpose(state, perm=[0, 2, 1]))
+        return op.Mul(c, op.Transpose(convolved, perm=[0, 2, 1]))
+
     def gate(self, gate_up: ir.Value) -> ir.Value:
         gate, up = self.op.several("Split", 2, gate_up, num_outputs=2, axis=-1)
         return self.op.Mul(self.op.Mul(gate, self.op.Sigmoid(gate)), up)

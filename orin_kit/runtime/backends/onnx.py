@@ -1,4 +1,4 @@
-"""The onnxruntime backend: one session, IO binding, and a KV cache that is allocated once and written in place."""
+"""The onnxruntime backend: one session, IO binding, and caches that are allocated once."""
 
 from __future__ import annotations
 
@@ -40,11 +40,9 @@ class OnnxBackend:
         self._device = "cpu" if provider == "cpu" else provider
         threads = threads or len(os.sched_getaffinity(0))
         self._session = _open(directory / ONNX_MODEL, threads, provider)
-        inputs = {i.name: i for i in self._session.get_inputs()}
-        self._caches = [name for name in inputs if name.startswith("past_key_values.")]
-        first = inputs[self._caches[0]]
-        self._cache_dtype = ELEMENT[first.type]
-        self._heads, self._head_dim = first.shape[1], first.shape[3]
+        inputs = self._session.get_inputs()
+        self._caches = {i.name: i for i in inputs if i.name.startswith("past_key_values.")}
+        self._states = {i.name: i for i in inputs if i.name.startswith("past_conv.")}
         self.name = f"onnxruntime {ort.__version__} {PROVIDERS[provider]}, {threads} threads"
         self.vocab_size = int(self._session.get_outputs()[0].shape[-1])
         self.max_len = max_len
@@ -62,59 +60,96 @@ class OnnxBackend:
         ids = np.zeros((len(rows), int(counts.max())), np.int64)
         for row, tokens in enumerate(rows):
             ids[row, : len(tokens)] = tokens
-        logits = self._run(ids, counts[:, None] - 1)[:, 0]
-        self.lengths += counts
+        logits = self._run(ids, counts, counts[:, None] - 1)[:, 0]
+        self._commit(counts)
         return logits
 
     def decode(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        self._check_room(np.ones(self.batch_size, np.int64))
-        logits = self._run(tokens.reshape(-1, 1), np.zeros((self.batch_size, 1), np.int64))[:, 0]
-        self.lengths += 1
+        counts = np.ones(self.batch_size, np.int64)
+        self._check_room(counts)
+        logits = self._run(tokens.reshape(-1, 1), counts, counts[:, None] - 1)[:, 0]
+        self._commit(counts)
         return logits
 
     def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         self.reset(ids.shape[0])
-        self._check_room(np.full(ids.shape[0], ids.shape[1]))
+        counts = np.full(ids.shape[0], ids.shape[1])
+        self._check_room(counts)
         positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-        return self._run(ids, np.ascontiguousarray(positions))
+        return self._run(ids, counts, np.ascontiguousarray(positions))  # never committed: the cache stays empty
 
-    def truncate(self, length: int) -> None:
-        self.lengths = np.minimum(self.lengths, length)
+    def truncate(self, length: int) -> int:
+        kept = 0 if self._states else length
+        self.lengths = np.where(self.lengths > length, kept, self.lengths)
+        return int(self.lengths.max())
 
     def reset(self, batch_size: int | None = None) -> None:
         batch_size = batch_size or self.batch_size
         if batch_size != self.batch_size:
             self.batch_size = batch_size
-            shape = [batch_size, self._heads, self.max_len, self._head_dim]
-            self._binding = self._session.io_binding()
-            self._buffers = []  # onnxruntime does not keep them alive
-            for name in self._caches:
-                # One buffer is both past and present: the step writes its new tokens into it.
-                buffer = ort.OrtValue.ortvalue_from_shape_and_type(shape, self._cache_dtype, self._device, 0)
-                self._buffers.append(buffer)
-                self._binding.bind_ortvalue_input(name, buffer)
-                self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), buffer)
+            # One buffer is both past and present of attention: the step writes its new tokens into it. A convolution
+            # reads its past while it writes: two buffers and two bindings, which take turns.
+            self._buffers = {name: [self._allocate(i)] for name, i in self._caches.items()}
+            self._buffers |= {name: [self._allocate(i), self._allocate(i)] for name, i in self._states.items()}
+            self._bindings = [self._bind(turn) for turn in range(2 if self._states else 1)]
+            self._turn = 0
         self.lengths = np.zeros(batch_size, np.int64)
 
     def memory(self) -> dict[str, int]:
-        values = self.batch_size * self._heads * self.max_len * self._head_dim
-        cache = len(self._caches) * values * np.dtype(self._cache_dtype).itemsize
+        cache = sum(buffer.tensor_size_in_bytes() for buffers in self._buffers.values() for buffer in buffers)
         return {"weights": sum(file.stat().st_size for file in self._files if file.is_file()), "kv_cache": cache}
 
-    def _run(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
-        """One step at `lengths`: logits fp32 `[batch, n, vocab]` at `positions` `[batch, n]`."""
-        binding = self._binding
-        for name, array in (("input_ids", ids), ("past_lengths", self.lengths), ("logit_positions", positions)):
+    def _allocate(self, cache: Any) -> Any:
+        sizes = {"batch": self.batch_size, "max_len": self.max_len}
+        shape = [sizes.get(size, size) for size in cache.shape]
+        return ort.OrtValue.ortvalue_from_shape_and_type(shape, ELEMENT[cache.type], self._device, 0)
+
+    def _bind(self, turn: int) -> Any:
+        binding = self._session.io_binding()  # does not keep the buffers alive: `_buffers` does
+        for name, buffers in self._buffers.items():
+            binding.bind_ortvalue_input(name, buffers[turn % len(buffers)])
+            binding.bind_ortvalue_output(_present(name), buffers[(turn + 1) % len(buffers)])
+        return binding
+
+    def _run(
+        self, ids: NDArray[np.int64], counts: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """One step at `lengths`, `counts` tokens a row: logits fp32 `[batch, n, vocab]` at `positions` `[batch, n]`."""
+        binding = self._bindings[self._turn]
+        feeds = {"input_ids": ids, "past_lengths": self.lengths, "logit_positions": positions}
+        if self._states:
+            feeds["input_lengths"] = counts
+            self._clear_empty_rows()
+        for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
         binding.bind_output("logits", "cpu")  # anew: the last step's buffer may have another shape
         self._session.run_with_iobinding(binding)
         return np.asarray(binding.get_outputs()[-1].numpy(), np.float32)
+
+    def _commit(self, counts: NDArray[np.int64]) -> None:
+        """Take the step that just ran for done. One statement, so that no interrupt can come between."""
+        self.lengths, self._turn = self.lengths + counts, (self._turn + 1) % len(self._bindings)
+
+    def _clear_empty_rows(self) -> None:
+        """Zero the convolution states of rows that hold no tokens; done here so that emptying a cache is one number."""
+        empty = self.lengths == 0
+        if empty.any():
+            for name in self._states:
+                buffer = self._buffers[name][self._turn]
+                state = buffer.numpy()
+                state[empty] = 0
+                buffer.update_inplace(state)
 
     def _check_room(self, counts: NDArray[np.int64]) -> None:
         longest = int((self.lengths + counts).max())
         if longest > self.max_len:
             what = f"{longest} tokens do not fit a cache of {self.max_len}"
             raise UserError(what, mend="shorten the prompt or raise --max-len")
+
+
+def _present(past: str) -> str:
+    """What the graph calls the output that an input comes from: `present.0.key`, `present_conv.0`."""
+    return past.replace("past_key_values", "present").replace("past_conv", "present_conv")
 
 
 def _open(model: Path, threads: int, provider: str) -> Any:
