@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -59,17 +60,25 @@ provider_option = click.option(
 
 @cli.command()
 @click.argument("recipe", type=FILE)
-@out_option
+@click.option("--out", "-o", type=DIRECTORY, help="The directory to write.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the recipe.")
+@click.option("--continue-from", type=DIRECTORY, help="An earlier result that learns on, and should not forget.")
+@click.option("--plan", is_flag=True, help="Say what it takes (parameters, memory, GPUs), and train nothing.")
 @click.option("--compare", is_flag=True, help="Also train a student without a teacher, over several seeds.")
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Seeds of --compare.")
 @overwrite_option
 @example(
     "orin-kit distill calibration/recipes/demo.yaml --out student",
+    "orin-kit distill calibration/recipes/qwen2.5-7b-to-1.5b.yaml --plan",
     "orin-kit distill recipe.yaml -o student --set stages.features.steps=200 --set seed=1",
+    "orin-kit distill legal.yaml -o student-2 --continue-from student",
     "orin-kit distill recipe.yaml -o compared --compare --seeds 3",
+    "accelerate launch --num_processes 8 -m orin_kit distill recipe.yaml -o student",
 )
-def distill(recipe: Path, out: Path, overrides: tuple[str, ...], compare: bool, seeds: int, overwrite: bool) -> None:
+def distill(
+    recipe: Path, out: Path | None, overrides: tuple[str, ...], continue_from: Path | None, plan: bool, compare: bool,
+    seeds: int, overwrite: bool,
+) -> None:  # fmt: skip
     """Distil a teacher into a student as RECIPE says: features, attention maps, then the task.
 
     Killed, it goes on from its last checkpoint when started again.
@@ -78,11 +87,103 @@ def distill(recipe: Path, out: Path, overrides: tuple[str, ...], compare: bool, 
     from orin_kit.distill import compare as run_compare
     from orin_kit.distill import distill as run
 
-    loaded = Recipe.load(recipe, overrides=list(overrides))
+    extra = [f"continue_from={json.dumps(str(continue_from))}"] if continue_from else []
+    loaded = Recipe.load(recipe, overrides=[*overrides, *extra])
+    if plan:
+        _print_plan(loaded)
+        return
+    if out is None:
+        raise click.UsageError("Missing option '--out' / '-o'.")
     if compare:
         run_compare(loaded, out, seeds=seeds, overwrite=overwrite)
     else:
         run(loaded, out, overwrite=overwrite)
+
+
+def _print_plan(recipe: Any) -> None:
+    from rich.console import Console
+
+    from orin_kit.distill.plan import plan, plan_table
+
+    Console().print(plan_table(plan(recipe)))
+
+
+@cli.command()
+@click.argument("recipe", type=FILE)
+@out_option
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the recipe.")
+@click.option("--k", type=click.IntRange(1), default=64, show_default=True, help="Likeliest tokens kept a position.")
+@overwrite_option
+@example(
+    "orin-kit cache recipe.yaml --out teacher-logits",
+    "orin-kit distill recipe.yaml -o student --set teacher_logits=teacher-logits \\",
+    "    --set stages.features=null --set stages.attention=null",
+)
+def cache(recipe: Path, out: Path, overrides: tuple[str, ...], k: int, overwrite: bool) -> None:
+    """Write the teacher's likeliest tokens for RECIPE's training rows, so that it need not run beside the student.
+
+    Killed, it goes on after the last whole shard when started again.
+    """
+    from orin_kit.distill import Recipe
+    from orin_kit.distill.cache import cache as run
+
+    run(Recipe.load(recipe, overrides=list(overrides)), out, k=k, overwrite=overwrite)
+    click.echo(f"wrote {out}")
+
+
+@cli.command()
+@click.argument("teacher", type=DIRECTORY)
+@out_option
+@click.option("--questions", type=FILE, help="Questions (.jsonl), with or without their answers.")
+@click.option("--tasks", type=click.IntRange(1), help="Synthetic problems to ask instead.")
+@click.option("--kinds", default="", help="Of the problems, separated by commas.  [default: all]")
+@click.option("--system", help="A system message for asking; the traces go without it.")
+@click.option("--samples", type=click.IntRange(1), default=4, show_default=True, help="Answers to each question.")
+@click.option("--temperature", type=float, default=0.7, show_default=True, help="Of the sampling.")
+@click.option("--top-p", type=float, default=0.95, show_default=True, help="Keep the likeliest tokens up to this sum.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of one answer.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Answers at once.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For the same traces again.")
+@click.option("--keep", default="best", show_default=True, help="Traces of a question: best, all, or a number.")
+@click.option("--check-answers/--no-check-answers", default=True, show_default=True,
+              help="Reject wrong answers, where the right one is known.")  # fmt: skip
+@click.option("--require-thought/--no-require-thought", default=True, show_default=True,
+              help="Reject answers without <think>...</think>.")  # fmt: skip
+@click.option("--min-tokens", type=click.IntRange(1), default=2, show_default=True, help="The shortest trace.")
+@click.option("--max-tokens", type=click.IntRange(1), help="The longest trace.  [default: any that ends]")
+@click.option("--max-repetition", type=float, default=0.2, show_default=True,
+              help="The greatest share of 8-word phrases, or lines, said before; 1: off.")  # fmt: skip
+@click.option("--near-duplicate", type=float, default=0.9, show_default=True,
+              help="Answers to one question that are more alike than this count once; 1: off.")  # fmt: skip
+@threads_option
+@provider_option
+@overwrite_option
+@example(
+    "orin-kit traces teacher --tasks 1000 --out traces",
+    "orin-kit traces teacher-onnx --questions questions.jsonl -o traces --samples 8 --keep 2",
+)
+def traces(teacher: Path, out: Path, kinds: str, **options: Any) -> None:
+    """Let TEACHER, a checkpoint or an ONNX artifact, reason about questions, and keep the answers worth learning.
+
+    OUT/traces.jsonl holds chats for a recipe's data.chats, OUT/rejected.jsonl the rest, each with the reason.
+    Killed, it goes on from its last batch when started again.
+    """
+    from dataclasses import fields
+
+    from orin_kit.traces.traces import Asking, Rules
+    from orin_kit.traces.traces import traces as run
+
+    asking, rules = (kind(**{f.name: options.pop(f.name) for f in fields(kind)}) for kind in (Asking, Rules))
+    results = run(
+        teacher, out, kinds=[kind.strip() for kind in kinds.split(",") if kind.strip()], asking=asking, rules=rules,
+        **options,
+    )  # fmt: skip
+    click.echo(f"{results['passed']} of {results['answers']} answers passed ({results['acceptance_rate']:.1%}); "
+               f"{results['traces']} traces of {results['questions_with_traces']} questions, "
+               f"{results['mean_tokens']:.0f} tokens on average")  # fmt: skip
+    for reason, count in results["rejected"].items():
+        click.echo(f"  {reason}: {count}")
+    click.echo(f"wrote {out}")
 
 
 @cli.command()

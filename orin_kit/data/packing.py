@@ -16,10 +16,17 @@ IGNORE = -100  # the label that cross-entropy skips, as in torch and transformer
 
 @dataclass(frozen=True)
 class Example:
-    """One chat as tokens: `ids[i]` is input, `trained[i]` says whether token i is an assistant's, to be predicted."""
+    """One chat, or several packed into a row, as tokens.
+
+    Attributes:
+        ids: the tokens.
+        trained: whether token i is an assistant's, to be predicted.
+        lengths: of the chats in the row, in their order; empty for a single one.
+    """
 
     ids: list[int]
     trained: list[bool]
+    lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -31,11 +38,15 @@ class Batch:
         labels: int64 `[batch, length]`, `labels[:, i]` is the token to predict *at* position i (already shifted),
             `IGNORE` where nothing is asked.
         attention_mask: int64 `[batch, length]`, 1 for real tokens, 0 for padding (on the right).
+        position_ids: int64 `[batch, length]`, from 0 in every packed chat, and again in the padding.
+        documents: int64 `[batch, length]`, the number in its row of the chat a token belongs to, -1 in the padding.
     """
 
     input_ids: NDArray[np.int64]
     labels: NDArray[np.int64]
     attention_mask: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    documents: NDArray[np.int64]
 
 
 def tokenize_chat(tokenizer: ChatTokenizer, chat: Chat) -> Example:
@@ -63,32 +74,36 @@ def tokenize_chat(tokenizer: ChatTokenizer, chat: Chat) -> Example:
 
 
 def pack(examples: Iterable[Example], length: int) -> Iterator[Example]:
-    """Join examples in order into rows of at most `length` tokens; an example longer than a row is cut at its end.
-
-    A row reads as one conversation of several turns, so the model also learns to answer with a history before it.
-    """
+    """Join examples in order into rows of at most `length` tokens; an example longer than a row is cut at its end."""
     ids: list[int] = []
     trained: list[bool] = []
+    lengths: list[int] = []
     for example in examples:
         if ids and len(ids) + len(example.ids) > length:
-            yield Example(ids, trained)
-            ids, trained = [], []
-        ids = (ids + example.ids)[:length]
-        trained = (trained + example.trained)[:length]
+            yield Example(ids, trained, tuple(lengths))
+            ids, trained, lengths = [], [], []
+        ids = ids + example.ids[:length]
+        trained = trained + example.trained[:length]
+        lengths.append(min(len(example.ids), length))
     if ids:
-        yield Example(ids, trained)
+        yield Example(ids, trained, tuple(lengths))
 
 
 def collate(rows: Sequence[Example], pad_id: int) -> Batch:
-    """Pad rows on the right to the longest and shift the labels."""
+    """Pad rows on the right to the longest and shift the labels; no chat is asked for the first token of the next."""
     length = max(len(row.ids) for row in rows)
     input_ids = np.full((len(rows), length), pad_id, np.int64)
     labels = np.full((len(rows), length), IGNORE, np.int64)
     attention_mask = np.zeros((len(rows), length), np.int64)
+    position_ids = np.zeros((len(rows), length), np.int64)
+    documents = np.full((len(rows), length), -1, np.int64)
     for i, row in enumerate(rows):
-        n = len(row.ids)
+        n, lengths = len(row.ids), row.lengths or (len(row.ids),)
         ids = np.asarray(row.ids, np.int64)
         input_ids[i, :n] = ids
         attention_mask[i, :n] = 1
-        labels[i, : n - 1] = np.where(row.trained[1:], ids[1:], IGNORE)
-    return Batch(input_ids, labels, attention_mask)
+        position_ids[i] = np.concatenate([np.arange(part) for part in (*lengths, length - n)])
+        documents[i, :n] = np.repeat(np.arange(len(lengths)), lengths)
+        inside = documents[i, 1:n] == documents[i, : n - 1]
+        labels[i, : n - 1] = np.where(np.asarray(row.trained[1:], bool) & inside, ids[1:], IGNORE)
+    return Batch(input_ids, labels, attention_mask, position_ids, documents)

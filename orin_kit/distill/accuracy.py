@@ -11,7 +11,7 @@ from orin_kit.data.chat import Chat
 from orin_kit.data.packing import Example
 from orin_kit.data.scoring import exact_match
 from orin_kit.distill.dataset import Question, in_batches
-from orin_kit.distill.losses import cross_entropy
+from orin_kit.distill.logits import Dense, task_loss
 from orin_kit.distill.signals import Wants, read_signal
 from orin_kit.tokenizer import ChatTokenizer
 
@@ -95,8 +95,9 @@ def held_out_loss(model: PreTrainedModel, rows: Sequence[Example], batch_size: i
     total, count = 0.0, 0
     for batch in in_batches(rows, batch_size, model.device):
         logits = read_signal(model, batch, Wants(logits=True)).logits
-        assert logits is not None
-        total += float(cross_entropy(logits, batch.labels)) * batch.labels.numel()
+        assert isinstance(logits, Dense)
+        ce = task_loss(logits, batch.labels, None, teacher_weight=0.0, temperature=1.0).ce
+        total += float(ce) * batch.labels.numel()
         count += batch.labels.numel()
     model.train(training)
     return total / max(count, 1)

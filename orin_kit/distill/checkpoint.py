@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from orin_kit.errors import ArtifactError, UserError
 
-STATE, LOG, HEADS = "state.pt", "train.log.jsonl", "heads.json"
+STATE, LOG, HEADS, LAYERS, EVENTS = "state.pt", "train.log.jsonl", "heads.json", "layers.json", "tensorboard"
 
 
 class CheckpointStore:
@@ -25,8 +26,11 @@ class CheckpointStore:
     def __init__(self, out: Path, identity: str) -> None:
         self.directory = out.absolute().parent / f".{out.name}.checkpoint"
         self.identity = identity
-        self.state, self.log, self.heads = (self.directory / name for name in (STATE, LOG, HEADS))
-        self.answers = self.directory / f"answers-{identity[:16]}.jsonl"  # dear, and there before the first state
+        names = (STATE, LOG, HEADS, LAYERS, EVENTS)
+        self.state, self.log, self.heads, self.layers, self.events = (self.directory / name for name in names)
+        # Dear, and there before the first state.
+        self.answers = self.directory / f"answers-{identity[:16]}.jsonl"
+        self.translations = self.directory / "translations.jsonl"
 
     def open(self, *, overwrite: bool) -> dict[str, Any] | None:
         """The state to go on from, or None for a fresh start.
@@ -44,11 +48,17 @@ class CheckpointStore:
         if state is None:
             self.directory.mkdir(parents=True, exist_ok=True)
             for file in self.directory.iterdir():
-                if file != self.answers:
+                if file == self.events:
+                    shutil.rmtree(file)
+                elif file not in (self.answers, self.translations):
                     file.unlink()
         elif self.log.is_file():
             os.truncate(self.log, state["log_bytes"])  # what was logged after the checkpoint is logged again
         return state
+
+    def read(self) -> dict[str, Any] | None:
+        """The state as it is, for a process that is not the first one."""
+        return self._read(overwrite=False) if self.state.is_file() else None
 
     def _read(self, overwrite: bool) -> dict[str, Any] | None:
         try:
@@ -60,6 +70,16 @@ class CheckpointStore:
             what = f"the checkpoint {self.state} cannot be read ({type(error).__name__})"
             raise ArtifactError(what, mend="add --overwrite to start anew") from error
         return state
+
+    def read_layers(self) -> dict[str, Any]:
+        """Layers that were matched by search: by field of the recipe."""
+        known: dict[str, Any] = json.loads(self.layers.read_text("utf-8")) if self.layers.is_file() else {}
+        return known
+
+    def write_layers(self, known: dict[str, Any]) -> None:
+        fresh = self.layers.with_suffix(".new")
+        fresh.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
+        fresh.replace(self.layers)
 
     def save(self, state: dict[str, Any]) -> None:
         """Write `state` (tensors, numbers, text) in place of the last one."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from orin_kit.data.augment import Change, Rates, augment
 from orin_kit.data.chat import Chat, read_chats
 from orin_kit.data.packing import IGNORE, Example, collate, pack, tokenize_chat
 from orin_kit.data.scoring import final_answer
 from orin_kit.data.tasks import Task, distinct
-from orin_kit.distill.recipe import Recipe
+from orin_kit.distill.recipe import General as GeneralSection
+from orin_kit.distill.recipe import Recipe, Tasks
 from orin_kit.distill.signals import TensorBatch
 from orin_kit.errors import UserError
 from orin_kit.tokenizer import ChatTokenizer
@@ -31,12 +34,28 @@ class Question:
 
 
 @dataclass(frozen=True)
+class General:
+    """What the student should not forget: rows to rehearse, rows to watch, questions for the report."""
+
+    rehearsed: list[Example]
+    watched: list[Example]
+    test: list[Question]
+
+
+@dataclass(frozen=True)
 class Dataset:
-    """Packed rows for training and for the held-out loss, test questions; no chat is in two of them."""
+    """Rows for training and for the held-out loss, test questions; no chat is in two of them.
+
+    `prompts` are the training chats up to their last reply, as tokens, for a student that answers them itself;
+    `changes` what augmentation did to the chats it copied.
+    """
 
     train: list[Example]
     watched: list[Example]
     test: list[Question]
+    general: General | None = None
+    prompts: list[list[int]] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
 
 
 def load_questions(recipe: Recipe) -> list[Chat]:
@@ -52,30 +71,80 @@ def load_questions(recipe: Recipe) -> list[Chat]:
         return list(dict.fromkeys(_from_chat(chat).prompt for chat in read_chats(questions.chats)))
     assert tasks is not None
     assert questions.tasks is not None
-    further = distinct("train", _task_seed(recipe), tasks.count + questions.tasks, tasks.kinds)[tasks.count :]
+    seed = recipe.seed if tasks.seed is None else tasks.seed
+    further = distinct("train", seed, tasks.count + questions.tasks, tasks.kinds)[tasks.count :]
     return [task.chat()[:-1] for task in further]
 
 
-def load_dataset(recipe: Recipe, tokenizer: ChatTokenizer, answered: Sequence[Chat] = ()) -> Dataset:
+def load_dataset(
+    recipe: Recipe, tokenizer: ChatTokenizer, answered: Sequence[Chat] = (), translations: Path | None = None
+) -> Dataset:
     """Read or generate a recipe's data; `answered` chats are trained on as well.
+
+    Args:
+        recipe: whose data.
+        tokenizer: the student's.
+        answered: chats with replies of the teacher.
+        translations: a file that keeps what back-translation, which takes long, has done so far.
 
     Raises:
         UserError: the chat file is missing, broken, or too small to hold some of it out.
     """
-    if recipe.data.tasks is not None:
-        tasks = recipe.data.tasks
-        train = [t.chat() for t in distinct("train", _task_seed(recipe), tasks.count, tasks.kinds)]
-        watched = [t.chat() for t in distinct("calibration", TEST_SEED, recipe.watched_items, tasks.kinds)]
-        test = [_from_task(t) for t in distinct("test", TEST_SEED, recipe.test_items, tasks.kinds)]
-    else:
-        assert recipe.data.chats is not None
-        train, watched, held = split_chats(read_chats(recipe.data.chats), recipe.data.held_out)
-        test = [_from_chat(chat) for chat in held[: recipe.test_items]]
-    parts = ([*train, *answered], watched[: recipe.watched_items])
-    rows = [_rows(tokenizer, part, recipe.data.row_length) for part in parts]
+    data = recipe.data
+    train, watched, test = _split(
+        data.tasks, data.chats, data.held_out, recipe.seed, items=recipe.watched_items, questions=recipe.test_items
+    )
+    copies, changes = _changed_copies(recipe, train, translations)
+    length, packing = data.row_length, data.packing
+    rows = [_rows(tokenizer, part, length, packing) for part in ([*train, *answered, *copies], watched)]
     if not all(any(any(row.trained[1:]) for row in part) for part in rows):
         raise UserError("data: no assistant token fits into data.row_length", mend="raise data.row_length")
-    return Dataset(rows[0], rows[1], test)
+    prompts: list[list[int]] = []
+    if recipe.stages.task.on_policy:
+        asked = dict.fromkeys(_from_chat(chat).prompt for chat in [*train, *answered])
+        prompts = [ids for ids in (tokenizer.encode_chat(prompt, reply=True) for prompt in asked) if len(ids) < length]
+    general = None if data.general is None else _general(data.general, recipe, tokenizer)
+    return Dataset(rows[0], rows[1], test, general, prompts, changes)
+
+
+def _general(section: GeneralSection, recipe: Recipe, tokenizer: ChatTokenizer) -> General:
+    train, watched, test = _split(
+        section.tasks, section.chats, section.held_out, recipe.seed, items=section.items, questions=section.items
+    )
+    length, packing = recipe.data.row_length, recipe.data.packing
+    rehearsed = _rows(tokenizer, train, length, packing) if section.rehearsal else []
+    return General(rehearsed, _rows(tokenizer, watched, length, packing), test)
+
+
+def _split(
+    tasks: Tasks | None, chats: Path | None, held_out: float, seed: int, *, items: int, questions: int
+) -> tuple[list[Chat], list[Chat], list[Question]]:
+    """Chats to train on, `items` chats to watch, and test questions."""
+    if tasks is not None:
+        own = seed if tasks.seed is None else tasks.seed
+        train = [t.chat() for t in distinct("train", own, tasks.count, tasks.kinds)]
+        watched = [t.chat() for t in distinct("calibration", TEST_SEED, items, tasks.kinds)]
+        return train, watched, [_from_task(t) for t in distinct("test", TEST_SEED, questions, tasks.kinds)]
+    assert chats is not None
+    train, watched, held = split_chats(read_chats(chats), held_out)
+    return train, watched[:items], [_from_chat(chat) for chat in held[:questions]]
+
+
+def _changed_copies(
+    recipe: Recipe, chats: Sequence[Chat], translations: Path | None
+) -> tuple[list[Chat], list[Change]]:
+    """Changed copies of training chats, and what was changed in them."""
+    copies: list[Chat] = []
+    changes: list[Change] = []
+    if rules := recipe.data.augment:
+        rates = Rates(rules.replace, rules.swap, rules.delete)
+        copies, changes = augment(chats, rates, copies=rules.copies, seed=recipe.seed)
+    if models := recipe.data.back_translation:
+        from orin_kit.data.back_translation import back_translate
+
+        said_anew = back_translate(chats, models.there, models.back, store=translations)
+        copies, changes = [*copies, *said_anew.chats], [*changes, *said_anew.changes]
+    return copies, changes
 
 
 def split_chats(chats: Sequence[Chat], held_out: float) -> tuple[list[Chat], list[Chat], list[Chat]]:
@@ -93,11 +162,6 @@ def split_chats(chats: Sequence[Chat], held_out: float) -> tuple[list[Chat], lis
     return distinct_chats[2 * half :], distinct_chats[:half], distinct_chats[half : 2 * half]
 
 
-def _task_seed(recipe: Recipe) -> int:
-    tasks = recipe.data.tasks
-    return recipe.seed if tasks is None or tasks.seed is None else tasks.seed
-
-
 def _from_task(task: Task) -> Question:
     return Question(task.kind, task.chat()[:-1], task.answer)
 
@@ -107,29 +171,52 @@ def _from_chat(chat: Chat) -> Question:
     return Question("chats", chat[:last], final_answer(chat[last].content))
 
 
-def _rows(tokenizer: ChatTokenizer, chats: Iterable[Chat], length: int) -> list[Example]:
-    return list(pack((tokenize_chat(tokenizer, chat) for chat in chats), length))
+def _rows(tokenizer: ChatTokenizer, chats: Iterable[Chat], length: int, packing: bool) -> list[Example]:
+    examples = (tokenize_chat(tokenizer, chat) for chat in chats)
+    if packing:
+        return list(pack(examples, length))
+    return [row for example in examples for row in pack([example], length)]
+
+
+class Rows:
+    """Rows in a new random order every epoch: the one at a position is the same in every run of a seed."""
+
+    def __init__(self, rows: Sequence[Example], *seed: int) -> None:
+        self.rows, self.seed = rows, seed
+        self._epoch, self._order = -1, np.zeros(0, np.int64)
+
+    def __getitem__(self, position: int) -> Example:
+        epoch, place = divmod(position, len(self.rows))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([*self.seed, epoch]).permutation(len(self.rows))
+        return self.rows[int(self._order[place])]
 
 
 class Batches:
-    """Training rows in a new random order every epoch; batch `n` is the same in every run of a seed.
+    """Training batches: batch `n` is the same in every run of a seed, so a resumed run needs to know `n` alone.
 
-    Nothing is kept between batches, so a resumed run needs to know `n` alone.
+    Args:
+        data: its training rows, and the rows to rehearse, which make up the share `rehearsal` of every stretch of rows.
     """
 
-    def __init__(self, rows: Sequence[Example], batch_size: int, seed: int, device: torch.device) -> None:
-        self.rows, self.batch_size, self.seed, self.device = rows, batch_size, seed, device
-        self._epoch, self._order = -1, np.zeros(0, np.int64)
+    def __init__(self, data: Dataset, batch_size: int, seed: int, device: torch.device, rehearsal: float = 0.0) -> None:
+        self.batch_size, self.seed, self.device = batch_size, seed, device
+        self.rows = Rows(data.train, seed)
+        self.rehearsed = Rows(data.general.rehearsed if data.general else (), seed, 1)
+        self.rehearsal = rehearsal if self.rehearsed.rows else 0.0
+        self.prompts = data.prompts
 
     def batch(self, index: int) -> TensorBatch:
-        start = index * self.batch_size
-        return to_tensors([self._row(start + i) for i in range(self.batch_size)], self.device)
+        return to_tensors([self._row(index * self.batch_size + i) for i in range(self.batch_size)], self.device)
+
+    def questions(self, index: int) -> list[list[int]]:
+        """Prompts for the student to answer itself, as many as a batch has rows."""
+        chosen = np.random.default_rng([self.seed, 2, index]).integers(len(self.prompts), size=self.batch_size)
+        return [self.prompts[i] for i in chosen]
 
     def _row(self, position: int) -> Example:
-        epoch, place = divmod(position, len(self.rows))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
-        return self.rows[int(self._order[place])]
+        before, after = int(position * self.rehearsal), int((position + 1) * self.rehearsal)
+        return self.rehearsed[before] if after > before else self.rows[position - before]
 
 
 def in_batches(rows: Sequence[Example], batch_size: int, device: torch.device) -> Iterator[TensorBatch]:
@@ -144,8 +231,10 @@ def to_tensors(rows: Sequence[Example], device: torch.device) -> TensorBatch:
     labels = torch.from_numpy(batch.labels).to(device)
     asked = labels != IGNORE
     return TensorBatch(
+        rows=tuple(rows),
         input_ids=torch.from_numpy(batch.input_ids).to(device),
-        mask=torch.from_numpy(batch.attention_mask).to(device).bool(),
+        positions=torch.from_numpy(batch.position_ids).to(device),
+        documents=torch.from_numpy(batch.documents).to(device),
         asked=asked,
         labels=labels[asked],
     )

@@ -1,18 +1,21 @@
-"""Which teacher heads are worth imitating: screened by the entropy of their attention, on calibration batches."""
+"""Which teacher heads are worth imitating: screened by the entropy of their attention, on calibration rows."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from orin_kit.distill.losses import causal_mask
-from orin_kit.distill.signals import Teacher, TensorBatch, Wants
+from orin_kit.distill.attention import BLOCK, attention_scores, visible
+from orin_kit.distill.record import Projections
+from orin_kit.errors import UserError
+
+PICTURES = ("svg", "png", "pdf")
 
 
 @dataclass(frozen=True)
@@ -30,47 +33,55 @@ class LayerHeads:
     kept: list[int]
 
 
-def head_entropy(maps: Tensor, mask: Tensor) -> tuple[Tensor, int]:
+@torch.no_grad()
+def head_entropy(projections: Projections, documents: Tensor, block: int = BLOCK) -> tuple[Tensor, int]:
     """Sum over real queries of each head's entropy, as a share of the most that the query's visible keys allow.
 
     Args:
-        maps: `[batch, heads, length, length]`, rows are distributions over keys.
-        mask: bool `[batch, length]`, true for real tokens.
+        projections: of one layer.
+        documents: int64 `[batch, length]`, number of the packed document each token belongs to, -1 for padding.
+        block: queries at a time; maps of `block x length` live at once.
 
     Returns:
         fp64 `[heads]`, and how many queries were counted; a query that sees one key only says nothing and is skipped.
     """
-    valid = causal_mask(mask)
-    visible = valid.sum(-1)  # [batch, 1, length]
-    counted = visible > 1
-    p = torch.where(valid, maps.double(), 0.0)
-    entropy = -torch.xlogy(p, p).sum(-1) / visible.clamp(min=2).double().log()
-    return torch.where(counted, entropy, 0.0).sum((0, 2)), int(counted.sum())
+    sums = torch.zeros(projections.query.shape[1], dtype=torch.float64, device=documents.device)
+    queries = 0
+    for i, query in enumerate(projections.query.split(block, 2)):
+        start = i * block
+        stop = start + query.shape[2]
+        seen = visible(documents[:, :stop], start, stop)
+        p = attention_scores(query, projections.key[:, :, :stop], projections.scaling, seen).softmax(-1)
+        entropy = -torch.xlogy(p, p).sum(-1).double()  # [batch, heads, queries]
+        keys = seen.sum(-1)
+        share = entropy / keys.clamp(min=2).double().log()
+        sums += torch.where(keys > 1, share, 0.0).sum((0, 2))
+        queries += int((keys > 1).sum())
+    return sums, queries
 
 
 def screen_heads(
-    teacher: Teacher, batches: Iterable[TensorBatch], layers: Sequence[int], keep: float, prefer: str
+    measured: Iterable[tuple[Tensor, Mapping[int, Projections]]], layers: Sequence[int], keep: float, prefer: str
 ) -> list[LayerHeads]:
     """Measure the heads of teacher layers and keep a share of each layer's.
 
     Args:
-        teacher: gives the attention maps.
-        batches: calibration rows.
+        measured: calibration batches: `documents` (see `head_entropy`) and the projections of each layer.
         layers: of the teacher, from 0; a layer named twice is measured once.
         keep: the share of heads to keep, rounded up to whole heads.
         prefer: "focused" keeps the lowest entropies, "diffuse" the highest.
     """
-    unique = tuple(sorted(set(layers)))
-    sums: list[Tensor | float] = [0.0] * len(unique)
+    unique = sorted(set(layers))
+    sums: dict[int, Tensor | float] = dict.fromkeys(unique, 0.0)
     queries = 0
-    for batch in batches:
-        signal = teacher(batch, Wants(attention=unique))
-        for i, maps in enumerate(signal.attention):
-            entropy, count = head_entropy(maps, batch.mask)
-            sums[i] = sums[i] + entropy.cpu()
+    for documents, projections in measured:
+        count = 0
+        for layer in unique:
+            entropy, count = head_entropy(projections[layer], documents)
+            sums[layer] = sums[layer] + entropy.cpu()
         queries += count
-    means = [(torch.as_tensor(total) / max(queries, 1)).tolist() for total in sums]
-    return [LayerHeads(layer, mean, keep_heads(mean, keep, prefer)) for layer, mean in zip(unique, means, strict=True)]
+    means = {layer: (torch.as_tensor(total) / max(queries, 1)).tolist() for layer, total in sums.items()}
+    return [LayerHeads(layer, mean, keep_heads(mean, keep, prefer)) for layer, mean in means.items()]
 
 
 def keep_heads(entropy: Sequence[float], keep: float, prefer: str) -> list[int]:
@@ -91,3 +102,53 @@ def write_heads(path: Path, heads: Sequence[LayerHeads]) -> None:
 
 def read_heads(path: Path) -> list[LayerHeads]:
     return [LayerHeads(**row) for row in json.loads(path.read_text("utf-8"))]
+
+
+def plot_heads(heads: Sequence[LayerHeads], path: Path) -> None:
+    """A picture of every head's entropy, by layer, with the kept ones filled; svg or png by the path's suffix."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 1.2 + 0.55 * len(heads)), layout="constrained")
+    axes = figure.subplots()
+    for row, layer in enumerate(heads):
+        for head, entropy in enumerate(layer.entropy):
+            kept = head in layer.kept
+            axes.plot(entropy, row, "o", color="#0072b2", fillstyle="full" if kept else "none")
+    axes.set_yticks(range(len(heads)), [f"layer {layer.layer}" for layer in heads])
+    axes.set_xlabel("entropy of attention, a share of the most possible (filled: the heads that are imitated)")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(len(heads) - 0.5, -0.5)
+    figure.savefig(path)
+
+
+def plot_heads(heads: Sequence[LayerHeads], path: Path) -> None:
+    """A picture of `heads.json`: a row for each layer, a square for each head, darker the more focused, kept ones dotted.
+
+    Args:
+        heads: of one model, so of as many heads a layer.
+        path: ends in .svg, .png or .pdf.
+
+    Raises:
+        UserError: it ends otherwise.
+    """
+    from matplotlib.figure import Figure
+
+    kind = path.suffix.lstrip(".").lower()
+    if kind not in PICTURES:
+        raise UserError(f"{path}: no picture is written as {path.suffix or 'a file without ending'}",
+                        mend=f"end it in one of: {', '.join(PICTURES)}")  # fmt: skip
+    rows = sorted(heads, key=lambda h: h.layer)
+    count = max(len(h.entropy) for h in rows)
+    figure = Figure(figsize=(1.6 + 0.28 * count, 1.5 + 0.28 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow([h.entropy for h in rows], cmap="Blues_r", vmin=0.0, vmax=1.0, aspect="auto")
+    kept = [(head, row) for row, h in enumerate(rows) for head in h.kept]
+    axes.scatter(*zip(*kept, strict=True), s=22, color="#e08a1e", edgecolors="white", linewidths=0.6)
+    axes.set_title(f"Entropy of attention ({len(kept)} of {len(rows) * count} heads kept, dotted)", loc="left")
+    axes.set(xlabel="head", ylabel="layer")
+    axes.set_xticks(range(0, count, 1 if count < 16 else 4))
+    axes.set_yticks(range(len(rows)), [str(h.layer) for h in rows])
+    figure.colorbar(image, ax=axes, label="0 one key, 1 all alike")
+    fresh = path.with_suffix(".new")
+    figure.savefig(fresh, format=kind, dpi=150)
+    fresh.replace(path)

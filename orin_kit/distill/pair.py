@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from orin_kit.distill.recipe import Recipe
 from orin_kit.errors import ArtifactError, UnsupportedModelError, UserError
 from orin_kit.models.spec import read_spec
 from orin_kit.models.weights import WeightSource, has_weights
@@ -20,38 +21,63 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Pair:
-    """Two models and their tokenizer.
+    """Two models and their tokenizers.
 
     Attributes:
         teacher: frozen, in the recipe's precision.
         student: fp32 weights; a lower precision is autocast's work.
+        tokenizer: the student's.
+        teacher_tokenizer: the teacher's; another one only where the teacher does nothing but answer questions.
         tokenizer_directory: where the tokenizer's files lie: the student's, or the teacher's when it has none.
     """
 
     teacher: PreTrainedModel
     student: PreTrainedModel
     tokenizer: ChatTokenizer
+    teacher_tokenizer: ChatTokenizer
     tokenizer_directory: Path
 
 
-def load_pair(teacher: Path, student: Path, *, precision: str, seed: int) -> Pair:
-    """Load both models; a student without weights is born from its config, from `seed`.
+def load_pair(recipe: Recipe) -> Pair:
+    """Load both models; a student without weights is born from its config, from the recipe's seed.
 
     Raises:
         ArtifactError: a file is missing or damaged.
         UnsupportedModelError: a family or field that orin-kit does not know, or weights that are quantized already.
-        UserError: the tokenizers differ, or have more tokens than a model's vocabulary.
+        UserError: the tokenizers differ and are not bridged, or have more tokens than a model's vocabulary.
     """
+    student, teacher = recipe.student, recipe.teacher or recipe.student
+    if recipe.teacher is None and not has_weights(student):
+        what = f"teacher: null makes the student its own teacher, but {student} has no weights"
+        raise UserError(what, mend="name a teacher, or a student that has learned something")
     sizes = {name: read_spec(directory).vocab_size for name, directory in (("teacher", teacher), ("student", student))}
     source = student if (student / "tokenizer.json").is_file() else teacher
-    check_tokenizers(teacher, source)
-    tokenizer = ChatTokenizer(source)
+    if recipe.bridge == "none":
+        check_tokenizers(teacher, source)
+    tokenizers = {"teacher": ChatTokenizer(teacher), "student": ChatTokenizer(source)}
     for name, size in sizes.items():
-        if len(tokenizer) > size:
-            what = f"the tokenizer in {source} has {len(tokenizer)} tokens, the {name}'s vocabulary only {size}"
+        if len(tokenizers[name]) > size:
+            what = f"the {name}'s tokenizer has {len(tokenizers[name])} tokens, its vocabulary only {size}"
             raise UserError(what, mend="use the tokenizer the model was trained with")
-    born = None if has_weights(student) else seed
-    return Pair(load_model(teacher, DTYPES[precision]), load_model(student, seed=born), tokenizer, source)
+    born = None if has_weights(student) else recipe.seed
+    models = load_model(teacher, DTYPES[recipe.precision]), load_model(student, seed=born)
+    return Pair(*models, tokenizers["student"], tokenizers["teacher"], source)
+
+
+def check_student(recipe: Recipe) -> None:
+    """Say what a student without attention cannot do.
+
+    Raises:
+        UserError: the recipe asks it to.
+    """
+    if read_spec(recipe.student).layout.mixer == "attention":
+        return
+    if recipe.stages.attention is not None and recipe.stages.attention.steps:
+        what = f"stages.attention: {recipe.student} is a convolutional student, it has no attention"
+        raise UserError(what, mend="set stages.attention: null")
+    if recipe.data.packing:
+        what = f"data.packing: the convolutions of {recipe.student} would see the chat before in its row"
+        raise UserError(what, mend="set data.packing: false")
 
 
 def load_model(directory: Path, dtype: torch.dtype = torch.float32, seed: int | None = None) -> PreTrainedModel:
@@ -99,7 +125,7 @@ def check_tokenizers(teacher: Path, student: Path) -> None:
         f"id {changed[0][0]} is {changed[0][1]!r} only in the student" if changed else "the teacher has more tokens"
     )
     what = f"the tokenizers of {teacher} ({len(theirs)} tokens) and {student} ({len(ours)}) differ: {detail}"
-    raise UserError(what, mend="choose a teacher and a student of one family")
+    raise UserError(what, mend="choose a pair of one family, or set bridge: sequences (see Recipe)")
 
 
 def _vocabulary(directory: Path) -> dict[str, int]:

@@ -37,6 +37,11 @@ def build_report(
         items: number of test questions.
     """
     stages = stage_summaries(log)
+    general = {
+        when: {"accuracy": scores[model]["general_accuracy"], "loss": scores[model]["general_loss"]}
+        for when, model in (("before", "start"), ("after", "student"))
+        if "general_loss" in scores.get(model, {})
+    }
     return {
         "made_by": made_by(),
         "seed": seed,
@@ -45,6 +50,7 @@ def build_report(
         "final_loss": [*stages.values()][-1]["last_loss"] if stages else None,
         "stages": stages,
         "train_seconds": round(seconds, 1),
+        **({"general": general} if general else {}),
     }
 
 
@@ -57,8 +63,16 @@ def report_table(report: Mapping[str, Any]) -> Table:
         table.add_row(kind, *(f"{100 * score['accuracy'][kind]:.1f} %" for score in models.values()))
     table.add_section()
     table.add_row("held-out loss", *(f"{score['held_out_loss']:.4f}" for score in models.values()))
+    if "general_loss" in models["student"]:
+        of_general = [score.get("general_loss") for score in models.values()]
+        table.add_row("general loss", *("" if loss is None else f"{loss:.4f}" for loss in of_general))
+        table.add_row("general, all", *(_general(score) for score in models.values()))
     table.add_row("parameters", *(f"{score['parameters'] / 1e6:.2f} M" for score in models.values()))
     return table
+
+
+def _general(score: Mapping[str, Any]) -> str:
+    return f"{100 * score['general_accuracy']['all']:.1f} %" if "general_accuracy" in score else ""
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

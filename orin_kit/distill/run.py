@@ -13,15 +13,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
-from orin_kit.data.chat import Chat
+from orin_kit.data.augment import write_changes
+from orin_kit.data.chat import Chat, read_chats
+from orin_kit.distill.accelerate_setup import make_accelerator
 from orin_kit.distill.accuracy import accuracy, held_out_loss
 from orin_kit.distill.answers import teacher_answers
-from orin_kit.distill.checkpoint import HEADS, LOG, CheckpointStore
+from orin_kit.distill.checkpoint import EVENTS, HEADS, LAYERS, LOG, CheckpointStore
+from orin_kit.distill.continual import continued
 from orin_kit.distill.dataset import Dataset, load_dataset, load_questions
-from orin_kit.distill.pair import Pair, load_model, load_pair
+from orin_kit.distill.pair import Pair, check_student, load_model, load_pair
 from orin_kit.distill.recipe import Recipe
 from orin_kit.distill.report import build_report, report_table
-from orin_kit.distill.trainer import Trainer, make_accelerator
+from orin_kit.distill.report_html import write_html
+from orin_kit.distill.trainer import Trainer
 from orin_kit.errors import UserError
 from orin_kit.manifest import check_free, sha256_input, write_artifact
 from orin_kit.models.weights import has_weights
@@ -40,10 +44,11 @@ def distill(
 ) -> dict[str, Any]:
     """Distil `recipe.teacher` into `recipe.student` and write a `model` artifact.
 
-    The artifact: config.json, model.safetensors (fp16), the tokenizer's files, recipe.yaml, train.log.jsonl,
-    report.json, heads.json when attention was distilled, answers.jsonl when the teacher answered questions. Until it
-    is complete, the training state lies in `.NAME.checkpoint` beside it; the same call goes on from there after a
-    kill, and ends with the same bits.
+    The artifact: config.json, model.safetensors (fp16), the tokenizer's files, recipe.yaml, train.log.jsonl and
+    tensorboard/, report.json and report.html with the curves, heads.json when attention was distilled, layers.json
+    when layers were searched, answers.jsonl when the teacher answered questions, augmented.jsonl when chats were
+    changed. Until it is complete, the training state lies in `.NAME.checkpoint` beside it; the same call goes on from
+    there after a kill, and ends with the same bits.
 
     Args:
         recipe: see `Recipe.load`.
@@ -53,20 +58,24 @@ def distill(
         known_scores: scores of models that do not change between runs, filled and reused by `compare`.
 
     Returns:
-        The content of report.json.
+        The content of report.json; nothing in the processes of `accelerate launch` that are not the first.
 
     Raises:
         UserError: recipe, data or tokenizers do not fit, `out` is taken, or a checkpoint is of another recipe.
         ArtifactError, UnsupportedModelError: a model directory is damaged or of an unknown family.
         TrainingDivergedError: the loss is no longer finite.
     """
-    out = Path(out)
+    out, recipe = Path(out), continued(recipe)
     check_free(out, overwrite=overwrite)
-    pair = load_pair(recipe.teacher, recipe.student, precision=recipe.precision, seed=recipe.seed)
     if not recipe.total_steps:
         raise UserError("stages: no stage has steps", mend="give at least one stage some steps")
+    check_student(recipe)
+    pair = load_pair(recipe)
+    first = make_accelerator(recipe.precision).is_main_process
+    progress = progress and first
     store = CheckpointStore(out, run_identity(recipe))
-    data = load_dataset(recipe, pair.tokenizer, _answered(recipe, pair, store, progress))
+    chats = answered(recipe, pair, store.answers, progress=progress)
+    data = load_dataset(recipe, pair.tokenizer, chats, store.translations)
     trainer = Trainer(recipe, pair, data, store)
     with _progress(progress) as bar:
         task = bar.add_task("distill", total=recipe.total_steps)
@@ -75,11 +84,15 @@ def distill(
             bar.update(task, completed=done, description=f"{stage}, loss {loss:.3f}")
 
         seconds = trainer.train(overwrite=overwrite, advance=advance)
+    if not first:
+        trainer.accelerator.wait_for_everyone()
+        return {}
     pair.student.half().float()  # scored as it is shipped
     scores = _scores(recipe, pair, data, progress, {} if known_scores is None else known_scores)
     report = build_report(scores, store.log, seed=recipe.seed, seconds=seconds, items=len(data.test))
-    _write(recipe, out, pair, store, report, overwrite=overwrite)
+    _write(recipe, out, pair, data, store, report, overwrite=overwrite)
     store.remove()
+    trainer.accelerator.wait_for_everyone()
     if progress:
         console = Console()
         console.print(report_table(report))
@@ -98,46 +111,63 @@ def run_identity(recipe: Recipe) -> str:
 def score(
     model: PreTrainedModel, tokenizer: ChatTokenizer, data: Dataset, recipe: Recipe, progress: bool
 ) -> dict[str, Any]:
-    """Parameters, exact match by kind of question (`accuracy`), and `held_out_loss` in nats a token."""
+    """Parameters, exact match by kind of question (`accuracy`), and `held_out_loss` in nats a token.
+
+    With a general set, `general_accuracy` and `general_loss` as well.
+    """
+    tests = {"accuracy": data.test} | ({"general_accuracy": data.general.test} if data.general else {})
+    watched = {"held_out_loss": data.watched} | ({"general_loss": data.general.watched} if data.general else {})
+    found: dict[str, Any] = {"parameters": model.num_parameters()}
     with _progress(progress) as bar:
-        task = bar.add_task("test questions", total=len(data.test))
-        found = accuracy(
-            model, tokenizer, data.test, max_new_tokens=recipe.max_new_tokens, batch_size=recipe.evaluation_batch,
-            advance=lambda count: bar.advance(task, count),
-        )  # fmt: skip
-    return {
-        "parameters": model.num_parameters(),
-        "accuracy": found,
-        "held_out_loss": held_out_loss(model, data.watched, recipe.batch_size),
-    }
+        task = bar.add_task("test questions", total=sum(map(len, tests.values())))
+        for name, questions in tests.items():
+            found[name] = accuracy(
+                model, tokenizer, questions, max_new_tokens=recipe.max_new_tokens, batch_size=recipe.evaluation_batch,
+                advance=lambda count: bar.advance(task, count),
+            )  # fmt: skip
+    return found | {name: held_out_loss(model, rows, recipe.batch_size) for name, rows in watched.items()}
 
 
-def _answered(recipe: Recipe, pair: Pair, store: CheckpointStore, progress: bool) -> list[Chat]:
-    """The recipe's questions with the teacher's replies."""
+def answered(recipe: Recipe, pair: Pair, path: Path, *, progress: bool) -> list[Chat]:
+    """The recipe's questions with the teacher's replies, kept in `path`; of several processes the first one asks."""
     prompts = load_questions(recipe)
     if not prompts:
         return []
+    accelerator = make_accelerator(recipe.precision)
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+        return read_chats(path)
     with _progress(progress) as bar:
         task = bar.add_task("the teacher answers", total=len(prompts))
-        return teacher_answers(
-            pair.teacher.to(make_accelerator(recipe.precision).device), pair.tokenizer, prompts, store.answers,
+        chats = teacher_answers(
+            pair.teacher.to(accelerator.device), pair.teacher_tokenizer, prompts, path,
             max_new_tokens=recipe.max_new_tokens, batch_size=recipe.evaluation_batch,
             advance=lambda count: bar.advance(task, count),
         )  # fmt: skip
+    accelerator.wait_for_everyone()
+    return chats
 
 
 def _scores(recipe: Recipe, pair: Pair, data: Dataset, progress: bool, known: Scores) -> dict[str, dict[str, Any]]:
-    """Teacher, the student as it was (when it had learned anything), and as it is."""
-    if "teacher" not in known:
-        known["teacher"] = score(pair.teacher, pair.tokenizer, data, recipe, progress)
+    """Teacher (unless it is the student before), the student as it was (when it had learned anything), and as it is."""
+    device = make_accelerator(recipe.precision).device
+    if "teacher" not in known and recipe.teacher is not None:
+        known["teacher"] = score(pair.teacher.to(device), pair.teacher_tokenizer, data, recipe, progress)
     if "start" not in known and has_weights(recipe.student):
-        before = load_model(recipe.student).to(pair.student.device)
+        before = load_model(recipe.student).to(device)
         known["start"] = score(before, pair.tokenizer, data, recipe, progress)
-    return {**known, "student": score(pair.student, pair.tokenizer, data, recipe, progress)}
+    return {**known, "student": score(pair.student.to(device), pair.tokenizer, data, recipe, progress)}
 
 
 def _write(
-    recipe: Recipe, out: Path, pair: Pair, store: CheckpointStore, report: dict[str, Any], *, overwrite: bool
+    recipe: Recipe,
+    out: Path,
+    pair: Pair,
+    data: Dataset,
+    store: CheckpointStore,
+    report: dict[str, Any],
+    *,
+    overwrite: bool,
 ) -> None:
     settings = {"recipe": recipe.model_dump(mode="json"), "run": store.identity}
     with write_artifact(out, "model", inputs=_inputs(recipe), settings=settings, overwrite=overwrite) as artifact:
@@ -146,17 +176,31 @@ def _write(
         copy_tokenizer(pair.tokenizer_directory, folder)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-        for file, name in ((store.log, LOG), (store.heads, HEADS), (store.answers, "answers.jsonl")):
+        files = {LOG: store.log, HEADS: store.heads, LAYERS: store.layers, "answers.jsonl": store.answers}
+        for name, file in files.items():
             if file.is_file():
                 shutil.copy(file, folder / name)
+        shutil.copytree(store.events, folder / EVENTS)
+        if data.changes:
+            write_changes(folder / "augmented.jsonl", data.changes)
+        write_html(report, store.log, store.heads if store.heads.is_file() else None, folder / "report.html")
         artifact.results.update(report)
 
 
 def _inputs(recipe: Recipe) -> dict[str, Path]:
-    questions = recipe.data.questions
-    files = {"chats": recipe.data.chats, "questions": questions.chats if questions else None}
-    named = {role: path for role, path in files.items() if path is not None}
-    return {"teacher": recipe.teacher, "student": recipe.student, **named}
+    """Everything on disk that decides a run's result, by role."""
+    data = recipe.data
+    named = {
+        "teacher": recipe.teacher or recipe.student,
+        "student": recipe.student,
+        "teacher_logits": recipe.teacher_logits,
+        "chats": data.chats,
+        "questions": data.questions.chats if data.questions else None,
+        "general": data.general.chats if data.general else None,
+        "there": data.back_translation.there if data.back_translation else None,
+        "back": data.back_translation.back if data.back_translation else None,
+    }
+    return {role: path for role, path in named.items() if path is not None}
 
 
 def _progress(shown: bool) -> Progress:

@@ -24,29 +24,53 @@ def temperature(schedule: Temperature, step: int) -> float:
 
 @dataclass
 class Elastic:
-    """The teacher's weight, moved by what is measured on held-out data.
+    """The teacher's weight, moved by what is measured while training.
 
-    While the held-out loss still falls, the student learns what carries over, and the data may speak more; once it
+    Where there is a general set, by forgetting: how much the loss on it has risen above what it was before training, as
+    a share. Beyond the tolerance the teacher, who has not forgotten, gets more weight; else the data may speak more.
+    Without one, by the held-out loss of the data itself: while it falls, the student learns what carries over; once it
     rises, the student learns its training set by heart, and the teacher's soft targets get more weight again.
 
     Attributes:
         weight: the teacher's share of the task loss; the data's is `1 - weight`.
         best: the lowest held-out loss so far, in nats a token.
+        baseline: the loss on the general set before training, in nats a token; None without such a set.
+        tolerance: the forgetting that is borne.
     """
 
     rules: TeacherWeight
     weight: float
     best: float = math.inf
+    baseline: float | None = None
+    tolerance: float = 0.0
 
     @classmethod
-    def begin(cls, rules: TeacherWeight) -> Elastic:
-        return cls(rules, rules.start)
+    def begin(cls, rules: TeacherWeight, tolerance: float = 0.0) -> Elastic:
+        return cls(rules, rules.start, tolerance=tolerance)
 
     def due(self, step: int) -> bool:
         """Whether a measurement follows `step` (from 0)."""
         return self.rules.every > 0 and (step + 1) % self.rules.every == 0
 
-    def measured(self, held_out_loss: float) -> None:
-        move = -self.rules.move if held_out_loss < self.best else self.rules.move
+    def measured(self, held_out_loss: float, general_loss: float | None = None) -> float | None:
+        """Move the weight; returns the forgetting, where it was measured."""
+        forgotten = None if general_loss is None else self.forgetting(general_loss)
+        to_teacher = held_out_loss >= self.best if forgotten is None else forgotten > self.tolerance
+        move = self.rules.move if to_teacher else -self.rules.move
         self.weight = min(self.rules.high, max(self.rules.low, self.weight + move))
         self.best = min(self.best, held_out_loss)
+        return forgotten
+
+    def forgetting(self, general_loss: float) -> float:
+        """How far the general loss has risen above its baseline, as a share; below 0 when it has fallen."""
+        assert self.baseline is not None
+        return general_loss / self.baseline - 1.0
+
+    def state(self) -> list[float | None]:
+        return [self.weight, self.best, self.baseline]
+
+    def restore(self, state: list[float | None]) -> None:
+        weight, best, self.baseline = state
+        assert weight is not None
+        assert best is not None
+        self.weight, self.best = weight, best

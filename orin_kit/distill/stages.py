@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.nn import functional as F
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.integrations.neftune import neftune_post_forward_hook
 
+from orin_kit.distill.attention import HeadMixing, attention_loss, relation_loss
 from orin_kit.distill.heads import LayerHeads
-from orin_kit.distill.losses import attention_loss, cross_entropy, feature_loss, logits_loss
-from orin_kit.distill.recipe import Attention, Features, Lora, Stage
-from orin_kit.distill.signals import Signal, TensorBatch, Wants, read_signal
+from orin_kit.distill.logits import Dense, TaskLoss, TopK, task_loss
+from orin_kit.distill.losses import feature_loss
+from orin_kit.distill.recipe import Attention, Features, Lora, Stage, Task
+from orin_kit.distill.signals import Signal, TensorBatch, Wants, logits_of, read_signal
 from orin_kit.errors import UserError
-
-DEFAULT_LAYERS = (6, 7, 8, 9)
 
 
 @dataclass(frozen=True)
@@ -30,97 +34,142 @@ class Knobs:
 class StageModule(nn.Module):
     """The student and whatever a stage learns beside it, with the stage's loss as `forward`.
 
-    One `forward` computes everything that has a gradient, so that accelerate can wrap it as a whole. This base class
-    has no loss of its own beside the task's, which makes it stage 3; the other two add `alignment`.
+    One `forward` computes everything that has a gradient, so that accelerate can wrap it as a whole. The stages differ
+    in `alignment`, the loss they add to the task's own.
 
     Args:
         student: trained in place.
-        stage: the recipe's section.
-        wants: what this stage's own loss reads from the student.
-        teacher_wants: the same of the teacher.
+        stage: the recipe's section of this stage.
+        task: the recipe's section that says how logits are compared, in every stage.
+        wants, teacher_wants: what `alignment` reads from the student and from the teacher.
         with_teacher: whether the task's loss has a teacher in it at all.
+        vocab_size: tokens that the tokenizer has; what a table is padded with beyond them is not compared.
     """
+
+    weight = 0.0
+    on_policy = False  # whether batches may be the student's own words
 
     def __init__(
         self,
         student: PreTrainedModel,
         stage: Stage,
+        task: Task,
+        *,
+        with_teacher: bool,
         wants: Wants | None = None,
         teacher_wants: Wants | None = None,
-        *,
-        with_teacher: bool = True,
+        vocab_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.student = student
-        self.weight, self.task_weight = getattr(stage, "weight", 0.0), stage.task_weight
-        own, teachers, task = wants or Wants(), teacher_wants or Wants(), stage.task_weight > 0
-        self.wants = Wants(own.hidden, own.attention, task)
-        self.teacher_wants = Wants(teachers.hidden, teachers.attention, task and with_teacher)
+        self.student, self.task, self.task_weight, self.vocab_size = student, task, stage.task_weight, vocab_size
+        own, teachers, learns = wants or Wants(), teacher_wants or Wants(), stage.task_weight > 0
+        self.wants = Wants(own.hidden, own.attention, own.embeddings, learns)
+        self.teacher_wants = Wants(teachers.hidden, teachers.attention, teachers.embeddings, learns and with_teacher)
 
-    def alignment(self, student: Signal, teacher: Signal, batch: TensorBatch) -> Tensor | None:
+    def alignment(self, student: Signal, teacher: Signal, batch: TensorBatch, knobs: Knobs) -> Tensor | None:
         return None
 
-    def forward(self, batch: TensorBatch, teacher: Signal, knobs: Knobs) -> dict[str, Tensor]:
-        """Losses by name; `loss` = weight x alignment + task_weight x (kd and ce, shared out) is minimised."""
-        student = read_signal(self.student, batch, self.wants)
+    def forward(self, batch: TensorBatch, teacher: Signal, knobs: Knobs, measure: bool = False) -> dict[str, Tensor]:
+        """Losses by name; `loss` = weight x alignment + task_weight x (kd and ce, shared out) is minimised.
+
+        `measure` gives the cross-entropy alone.
+        """
+        student = read_signal(self.student, batch, Wants(logits=True) if measure else self.wants)
+        if measure:
+            return {"ce": self.compare(student.logits, batch.labels, None, Knobs(1.0, 0.0)).ce}
         parts: dict[str, Tensor] = {}
         loss = torch.zeros((), device=batch.input_ids.device)
-        aligned = self.alignment(student, teacher, batch)
+        aligned = self.alignment(student, teacher, batch, knobs)
         if aligned is not None:
             parts["alignment"] = aligned
             loss = loss + self.weight * aligned
         if student.logits is not None:
-            parts["ce"] = cross_entropy(student.logits, batch.labels)
-            task = (1 - knobs.teacher_weight) * parts["ce"]
-            if teacher.logits is not None:
-                parts["kd"] = logits_loss(student.logits, teacher.logits, knobs.temperature)
-                task = task + knobs.teacher_weight * parts["kd"]
-            loss = loss + self.task_weight * task
+            found = self.compare(student.logits, batch.labels, teacher.logits, knobs)
+            parts |= {"ce": found.ce} | ({} if found.kd is None else {"kd": found.kd})
+            loss = loss + self.task_weight * found.loss
         return {"loss": loss, **parts}
+
+    def compare(
+        self, student: Dense | TopK | None, labels: Tensor, teacher: Dense | TopK | None, knobs: Knobs
+    ) -> TaskLoss:
+        assert isinstance(student, Dense)
+        return task_loss(
+            student,
+            labels,
+            teacher,
+            teacher_weight=0.0 if teacher is None else knobs.teacher_weight,
+            temperature=knobs.temperature,
+            divergence=self.task.divergence,
+            beta=self.task.beta,
+            vocab_size=self.vocab_size,
+        )
 
     def finish(self) -> None:
         """Leave the student as an ordinary model."""
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The student's decoder layers, by class name: what FSDP shards one by one (accelerate reads it here)."""
+        return list(self.student._no_split_modules or [])
+
+
+class ResidualProjection(nn.Module):
+    """What the student's state is, padded with zeros or cut to the teacher's width, plus a map that begins at zero."""
+
+    def __init__(self, width: int, teacher_width: int) -> None:
+        super().__init__()
+        self.change = nn.Linear(width, teacher_width)
+        self.pad = teacher_width - width
+        nn.init.zeros_(self.change.weight)
+        nn.init.zeros_(self.change.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., width]` to `[..., teacher_width]`."""
+        projected: Tensor = F.pad(x, (0, self.pad)) + self.change(x)
+        return projected
+
+
+def projection(kind: str, width: int, teacher_width: int) -> nn.Module:
+    if kind == "residual":
+        return ResidualProjection(width, teacher_width)
+    return nn.Identity() if width == teacher_width else nn.Linear(width, teacher_width)
+
 
 class FeatureStage(StageModule):
-    """Stage 1: hidden states of chosen layers, through a learned projection each where the widths differ."""
+    """Stage 1: hidden states of chosen layers, through a learned projection each.
 
-    def __init__(
-        self, student: PreTrainedModel, stage: Features, teacher_layers: int, teacher_width: int, *, with_teacher: bool
-    ) -> None:
-        depth, width = student.config.num_hidden_layers, student.config.hidden_size
-        layers = choose_layers(stage.layers, depth, "stages.features.layers")
-        matched = match_layers(layers, depth, teacher_layers)
-        super().__init__(student, stage, Wants(hidden=layers), Wants(hidden=matched), with_teacher=with_teacher)
-        self.kind = stage.loss
-        same = width == teacher_width
-        self.projections = nn.ModuleList(nn.Identity() if same else nn.Linear(width, teacher_width) for _ in layers)
-
-    def alignment(self, student: Signal, teacher: Signal, batch: TensorBatch) -> Tensor:
-        pairs = zip(self.projections, student.hidden, teacher.hidden, strict=True)
-        losses = [feature_loss(project(s), t, batch.mask, self.kind) for project, s, t in pairs]
-        return torch.stack(losses).mean()
-
-
-class HeadMixing(nn.Module):
-    """Each imitated teacher head as a learned average of the student's heads.
-
-    The weights are a softmax, so a mixture of attention rows is again a probability distribution. The student's side
-    is mixed, not the teacher's: a learned mixture of targets could drift to the one easiest head, but here every
-    imitated head has to be explained.
+    Args:
+        layers: of the student.
+        matched: of the teacher, one for each.
+        teacher_width: its hidden_size.
+        options: see `StageModule`.
     """
 
-    def __init__(self, student_heads: int, kept: Sequence[int], teacher_heads: int) -> None:
-        super().__init__()
-        start = torch.zeros(len(kept), student_heads)
-        for row, head in enumerate(kept):  # leaning towards the head at the same relative place
-            start[row, head * student_heads // teacher_heads] = 4.0
-        self.scores = nn.Parameter(start)
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        stage: Features,
+        task: Task,
+        layers: tuple[int, ...],
+        matched: tuple[int, ...],
+        teacher_width: int,
+        **options: Any,
+    ) -> None:
+        wants, theirs = (Wants(hidden=of, embeddings=stage.embeddings > 0) for of in (layers, matched))
+        super().__init__(student, stage, task, wants=wants, teacher_wants=theirs, **options)
+        self.kind, self.weight, self.embeddings = stage.loss, stage.weight, stage.embeddings
+        width = student.config.hidden_size
+        made = [projection(stage.projection, width, teacher_width) for _ in (*layers, *[0] * wants.embeddings)]
+        self.projections = nn.ModuleList(made)
 
-    def forward(self, maps: Tensor) -> Tensor:
-        """`[batch, student_heads, length, length]` to `[batch, kept, length, length]`."""
-        weights = self.scores.softmax(-1).to(maps.dtype)
-        return torch.einsum("kh,bhqs->bkqs", weights, maps)
+    def alignment(self, student: Signal, teacher: Signal, batch: TensorBatch, knobs: Knobs) -> Tensor:
+        pairs = zip(self.projections, student.hidden, teacher.hidden, strict=False)  # the embeddings' own comes last
+        losses = [feature_loss(project(s), t, batch.mask, self.kind) for project, s, t in pairs]
+        loss = torch.stack(losses).mean()
+        if student.embeddings is not None and teacher.embeddings is not None:
+            projected = self.projections[-1](student.embeddings)
+            loss = loss + self.embeddings * feature_loss(projected, teacher.embeddings, batch.mask, self.kind)
+        return loss
 
 
 class AttentionStage(StageModule):
@@ -130,13 +179,15 @@ class AttentionStage(StageModule):
         self,
         student: PreTrainedModel,
         stage: Attention,
+        task: Task,
+        layers: tuple[int, ...],
+        matched: tuple[int, ...],
         heads: Sequence[LayerHeads],
-        teacher_layers: int,
-        *,
-        with_teacher: bool,
+        **options: Any,
     ) -> None:
-        layers, matched = attention_layers(student, stage, teacher_layers)
-        super().__init__(student, stage, Wants(attention=layers), Wants(attention=matched), with_teacher=with_teacher)
+        wants, theirs = Wants(attention=layers), Wants(attention=matched)
+        super().__init__(student, stage, task, wants=wants, teacher_wants=theirs, **options)
+        self.weight = stage.weight
         by_layer = {h.layer: h for h in heads}
         self.kept = [by_layer[layer].kept for layer in matched]
         own = student.config.num_attention_heads
@@ -144,26 +195,85 @@ class AttentionStage(StageModule):
             HeadMixing(own, by_layer[layer].kept, len(by_layer[layer].entropy)) for layer in matched
         )
 
-    def alignment(self, student: Signal, teacher: Signal, batch: TensorBatch) -> Tensor:
-        losses = [
-            attention_loss(mixer(s), t[:, kept], batch.mask)
-            for mixer, s, t, kept in zip(self.mixers, student.attention, teacher.attention, self.kept, strict=True)
-        ]
+    def alignment(self, student: Signal, teacher: Signal, batch: TensorBatch, knobs: Knobs) -> Tensor:
+        of_layers = zip(self.mixers, student.attention, teacher.attention, self.kept, strict=True)
+        return torch.stack([attention_loss(s, t, batch.documents, mix, kept) for mix, s, t, kept in of_layers]).mean()
+
+
+class RelationStage(StageModule):
+    """Stage 2 the MiniLM-v2 way: how queries, keys and values relate to their own kind; no head is matched."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        stage: Attention,
+        task: Task,
+        layers: tuple[int, ...],
+        matched: tuple[int, ...],
+        teacher: PretrainedConfig,
+        **options: Any,
+    ) -> None:
+        wants, theirs = Wants(attention=layers), Wants(attention=matched)
+        super().__init__(student, stage, task, wants=wants, teacher_wants=theirs, **options)
+        self.weight, self.kinds = stage.weight, stage.relations
+        self.heads = stage.relation_heads or relation_heads(student.config, teacher)
+
+    def alignment(self, student: Signal, teacher: Signal, batch: TensorBatch, knobs: Knobs) -> Tensor:
+        pairs = zip(student.attention, teacher.attention, strict=True)
+        losses = [relation_loss(s, t, batch.documents, relation_heads=self.heads, kinds=self.kinds) for s, t in pairs]
         return torch.stack(losses).mean()
 
 
 class TaskStage(StageModule):
     """Stage 3: logits and assistant tokens, on low-rank adapters or on every weight."""
 
-    def __init__(self, student: PreTrainedModel, stage: Stage, lora: Lora | None, *, with_teacher: bool) -> None:
-        super().__init__(student, stage, with_teacher=with_teacher)
-        # In a list, hence no submodule: the adapters already are parts of the student.
-        self.adapted = [] if lora is None else [_adapt(student, lora)]
+    on_policy = True
+
+    def __init__(self, student: PreTrainedModel, stage: Task, **options: Any) -> None:
+        exits = stage.exits.layers if stage.exits else ()
+        depth = student.config.num_hidden_layers
+        if any(layer >= depth - 1 for layer in exits):
+            what = f"stages.task.exits.layers: {list(exits)} of a student with layers 0 to {depth - 1}"
+            raise UserError(what, mend=f"name layers from 0 to {depth - 2}: the last one is their teacher")
+        super().__init__(student, stage, stage, wants=Wants(hidden=exits), **options)
+        if stage.exits:
+            self.weight = stage.exits.weight
+        # In lists, hence no submodules: the adapters already are parts of the student.
+        self.adapted = [] if stage.lora is None else [_adapt(student, stage.lora)]
+        self.hooks = [_noise(student, stage.neftune)] if stage.neftune else []
+
+    def alignment(self, student: Signal, teacher: Signal, batch: TensorBatch, knobs: Knobs) -> Tensor | None:
+        if not student.hidden or not isinstance(student.logits, Dense):
+            return None
+        head = student.logits
+        last = Dense(head.hidden.detach(), head.weight.detach(), None if head.bias is None else head.bias.detach())
+        alone, norm = Knobs(knobs.temperature, 1.0), last_norm(self.student)
+        logits = (logits_of(self.student, norm(state[batch.asked])) for state in student.hidden)
+        return torch.stack([self.compare(early, batch.labels, last, alone).loss for early in logits]).mean()
 
     def finish(self) -> None:
+        for remove in self.hooks:
+            remove()
         for adapted in self.adapted:
             adapted.merge_and_unload()
             self.student.requires_grad_(True)
+
+
+def last_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last layer and the head, whatever the family calls it."""
+    decoder = model.get_decoder()
+    norm: nn.Module = decoder.norm if hasattr(decoder, "norm") else decoder.embedding_norm
+    return norm
+
+
+def relation_heads(student: PretrainedConfig, teacher: PretrainedConfig) -> int:
+    """As many as the student has heads, or the most below it that cut every width of both models evenly."""
+    widths = []
+    for config in (student, teacher):
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        widths += [config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim]
+    common = math.gcd(*widths)
+    return next(heads for heads in range(student.num_attention_heads, 0, -1) if common % heads == 0)
 
 
 def _adapt(student: PreTrainedModel, lora: Lora) -> PeftModel:
@@ -174,7 +284,12 @@ def _adapt(student: PreTrainedModel, lora: Lora) -> PeftModel:
     """
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        use_dora=lora.dora,
+        task_type="CAUSAL_LM",
     )
     try:
         adapted: PeftModel = get_peft_model(student, config)
@@ -183,30 +298,9 @@ def _adapt(student: PreTrainedModel, lora: Lora) -> PeftModel:
     return adapted
 
 
-def attention_layers(
-    student: PreTrainedModel, stage: Attention, teacher_layers: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The student's layers of stage 2, and the teacher's they are matched to."""
-    depth = student.config.num_hidden_layers
-    layers = choose_layers(stage.layers, depth, "stages.attention.layers")
-    return layers, match_layers(layers, depth, teacher_layers)
-
-
-def choose_layers(asked: tuple[int, ...] | None, depth: int, field: str) -> tuple[int, ...]:
-    """The layers a recipe asks for; by default 6 to 9, or the upper half of a student with fewer than 7.
-
-    Raises:
-        UserError: one of them is not in the student.
-    """
-    if asked is None:
-        return tuple(layer for layer in DEFAULT_LAYERS if layer < depth) or tuple(range(depth // 2, depth))
-    wrong = [layer for layer in asked if not 0 <= layer < depth]
-    if wrong or not asked:
-        what = f"{field}: the student has layers 0 to {depth - 1}, not {', '.join(map(str, wrong)) or 'none'}"
-        raise UserError(what, mend="name layers of the student, or leave the field out")
-    return tuple(asked)
-
-
-def match_layers(layers: Sequence[int], depth: int, teacher_depth: int) -> tuple[int, ...]:
-    """The teacher's layer at the same relative depth, the last one for the last one."""
-    return tuple(max(0, round((layer + 1) * teacher_depth / depth) - 1) for layer in layers)
+def _noise(student: PreTrainedModel, alpha: float) -> Callable[[], None]:
+    """Switch NEFTune's noise on (in training mode only); returns what switches it off."""
+    embedding = student.get_input_embeddings()
+    embedding.neftune_noise_alpha = alpha
+    remove: Callable[[], None] = embedding.register_forward_hook(neftune_post_forward_hook).remove
+    return remove

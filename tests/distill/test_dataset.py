@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from orin_kit.data.chat import Message, write_chats
-from orin_kit.distill.dataset import Batches, load_dataset, split_chats
+from orin_kit.data.packing import Example
+from orin_kit.distill.dataset import Batches, Dataset, General, load_dataset, split_chats, to_tensors
+from orin_kit.distill.pair import load_model
 from orin_kit.distill.recipe import Recipe
 from orin_kit.errors import UserError
 from orin_kit.tokenizer import ChatTokenizer
@@ -56,17 +60,17 @@ def test_test_questions_of_tasks_are_never_trained_on(
 
 def test_batches_depend_on_number_and_seed(make_recipe: Callable[..., Recipe], pair_dirs: tuple[Path, Path]) -> None:
     rows = load_dataset(make_recipe(), ChatTokenizer(pair_dirs[0])).train
-    one, other = Batches(rows, 4, seed=5, device=CPU), Batches(rows, 4, seed=5, device=CPU)
+    one, other = Batches(Dataset(rows, [], []), 4, seed=5, device=CPU), Batches(Dataset(rows, [], []), 4, seed=5, device=CPU)
     expected = [one.batch(i).input_ids for i in range(30)]
     for i in (29, 3, 17):  # out of order: a resumed run begins anywhere
         assert torch.equal(other.batch(i).input_ids, expected[i])
-    seeds = [torch.equal(Batches(rows, 4, seed=s, device=CPU).batch(0).input_ids, expected[0]) for s in range(6, 12)]
+    seeds = [torch.equal(Batches(Dataset(rows, [], []), 4, seed=s, device=CPU).batch(0).input_ids, expected[0]) for s in range(6, 12)]
     assert not all(seeds)
 
 
 def test_an_epoch_is_every_row_once(make_recipe: Callable[..., Recipe], pair_dirs: tuple[Path, Path]) -> None:
     rows = load_dataset(make_recipe(), ChatTokenizer(pair_dirs[0])).train
-    batches = Batches(rows, 1, seed=0, device=CPU)
+    batches = Batches(Dataset(rows, [], []), 1, seed=0, device=CPU)
     for epoch in range(2):
         seen = [batches.batch(epoch * len(rows) + i).input_ids[0].tolist() for i in range(len(rows))]
         assert sorted(seen) == sorted(row.ids for row in rows)
@@ -74,12 +78,55 @@ def test_an_epoch_is_every_row_once(make_recipe: Callable[..., Recipe], pair_dir
 
 def test_labels_are_assistant_tokens(make_recipe: Callable[..., Recipe], pair_dirs: tuple[Path, Path]) -> None:
     tokenizer = ChatTokenizer(pair_dirs[0])
-    batch = Batches(load_dataset(make_recipe(), tokenizer).train, 1, seed=0, device=CPU).batch(0)
+    batch = Batches(load_dataset(make_recipe(), tokenizer), 1, seed=0, device=CPU).batch(0)
     text = tokenizer.decode(batch.labels.tolist())
     assert text.startswith("<think>") and "user" not in text
     positions = batch.asked[0].nonzero()[:, 0]
     shifted = positions + 1 < batch.input_ids.shape[1]
     assert torch.equal(batch.input_ids[0, positions[shifted] + 1], batch.labels[shifted])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.37])
+def test_rehearsal_is_a_share_of_the_rows(
+    share: float, make_recipe: Callable[..., Recipe], pair_dirs: tuple[Path, Path]
+) -> None:
+    tokenizer = ChatTokenizer(pair_dirs[0])
+    general = {"tasks": {"count": 30, "kinds": ["logic"]}, "items": 5, "rehearsal": share}
+    data = load_dataset(
+        make_recipe(data={"tasks": {"count": 60, "kinds": ["strings"]}, "row_length": 64, "general": general}), tokenizer
+    )
+    assert data.general is not None and len(data.general.test) == 5
+    batches = Batches(data, 10, 0, CPU, share)
+    old = [row in data.general.rehearsed for n in range(40) for row in batches.batch(n).rows]
+    assert sum(old) == int(400 * share)
+    assert max((b - a for a, b in pairwise([i for i, o in enumerate(old) if o])), default=1) <= 1 / max(share, 0.01) + 1
+    fresh = [row for n in range(40) for row in batches.batch(n).rows if row not in data.general.rehearsed]
+    first = fresh[: len(data.train)]
+    assert sorted(row.ids for row in first) == sorted(row.ids for row in data.train)  # an epoch of the rest is whole
+
+
+def test_packed_chats_do_not_see_each_other(make_recipe: Callable[..., Recipe], pair_dirs: tuple[Path, Path]) -> None:
+    """A row's chats give the logits that each gives alone."""
+    tokenizer, model = ChatTokenizer(pair_dirs[0]), load_model(pair_dirs[1]).eval()
+    data = load_dataset(make_recipe(data={"tasks": {"count": 20}, "row_length": 200}), tokenizer)
+    row = next(row for row in data.train if len(row.lengths) > 2)
+    batch = to_tensors([row, Example(row.ids[:5], row.trained[:5])], CPU)
+    with torch.no_grad():
+        packed = model.get_decoder()(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False)[0][0]
+        start = 0
+        for length in row.lengths:
+            alone = model.get_decoder()(input_ids=torch.tensor([row.ids[start : start + length]]))[0][0]
+            torch.testing.assert_close(packed[start : start + length], alone, atol=2e-5, rtol=1e-4)
+            start += length
+    assert batch.documents[0].unique_consecutive(return_counts=True)[1].tolist() == list(row.lengths)
+    ends = np.cumsum(row.lengths) - 1
+    assert not batch.asked[0, ends].any()  # nobody is asked for the first token of the next chat
+
+
+def test_without_packing_a_row_is_a_chat(make_recipe: Callable[..., Recipe], pair_dirs: tuple[Path, Path]) -> None:
+    recipe = make_recipe(data={"tasks": {"count": 20}, "row_length": 200, "packing": False})
+    data = load_dataset(recipe, ChatTokenizer(pair_dirs[0]))
+    assert len(data.train) == 20 and all(len(row.lengths) == 1 for row in data.train)
 
 
 def test_too_few_chats(make_recipe: Callable[..., Recipe], pair_dirs: tuple[Path, Path], tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from orin_kit.distill.pair import load_model, load_pair
+from orin_kit.distill.pair import Pair, load_model, load_pair
+from orin_kit.distill.recipe import Recipe
 from orin_kit.errors import ArtifactError, OrinKitError, UnsupportedModelError, UserError
 
 
@@ -19,12 +20,16 @@ def student(pair_dirs: tuple[Path, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(pair_dirs[1], tmp_path / "student"))
 
 
+def pair_of(teacher: Path, student: Path, **fields: object) -> Pair:
+    return load_pair(Recipe.parse({"teacher": teacher, "student": student, "data": {"tasks": {}}, **fields}))
+
+
 def edit(path: Path, **fields: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def test_continues_from_weights(pair_dirs: tuple[Path, Path]) -> None:
-    pair = load_pair(*pair_dirs, precision="bf16", seed=0)
+    pair = pair_of(*pair_dirs, precision="bf16")
     assert pair.teacher.dtype == torch.bfloat16
     assert pair.student.dtype == torch.float32
     stored = load_file(pair_dirs[1] / "model.safetensors")
@@ -37,7 +42,7 @@ def test_a_config_alone_is_born_from_the_seed(pair_dirs: tuple[Path, Path], stud
             file.unlink()
 
     def weights(seed: int) -> torch.Tensor:
-        pair = load_pair(pair_dirs[0], student, precision="fp32", seed=seed)
+        pair = pair_of(pair_dirs[0], student, seed=seed)
         assert pair.tokenizer_directory == pair_dirs[0]
         return pair.student.get_input_embeddings().weight.detach()
 
@@ -52,14 +57,35 @@ def test_different_tokenizers_are_refused(pair_dirs: tuple[Path, Path], student:
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (student / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match=r"tokenizers of .* differ: id \d+ is"):
-        load_pair(pair_dirs[0], student, precision="fp32", seed=0)
+        pair_of(pair_dirs[0], student)
+
+
+def test_different_tokenizers_are_bridged_by_sequences(pair_dirs: tuple[Path, Path], student: Path) -> None:
+    tokenizer = json.loads((student / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {"zzq": 5000}
+    (student / "tokenizer.json").write_text(json.dumps(tokenizer))
+    edit(student / "config.json", vocab_size=6000)
+    (student / "model.safetensors").unlink()
+    stages = {"features": None, "attention": None, "task": {"teacher_weight": {"start": 0, "every": 0}}}
+    data = {"tasks": {"count": 5}, "questions": {"tasks": 5}}
+    pair = pair_of(pair_dirs[0], student, bridge="sequences", stages=stages, data=data)
+    assert len(pair.tokenizer) == len(pair.teacher_tokenizer) + 1
+
+
+def test_a_student_is_its_own_teacher_when_none_is_named(pair_dirs: tuple[Path, Path], student: Path) -> None:
+    pair = load_pair(Recipe.parse({"teacher": None, "student": student, "data": {"tasks": {}}}))
+    assert pair.teacher.config.hidden_size == pair.student.config.hidden_size
+    assert pair.teacher is not pair.student
+    (student / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="has no weights"):
+        load_pair(Recipe.parse({"teacher": None, "student": student, "data": {"tasks": {}}}))
 
 
 def test_a_tokenizer_larger_than_the_vocabulary(pair_dirs: tuple[Path, Path], student: Path) -> None:
     edit(student / "config.json", vocab_size=1000)
     (student / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="has 2048 tokens, the student's vocabulary only 1000"):
-        load_pair(pair_dirs[0], student, precision="fp32", seed=0)
+    with pytest.raises(UserError, match="the student's tokenizer has 2048 tokens, its vocabulary only 1000"):
+        pair_of(pair_dirs[0], student)
 
 
 def cut(student: Path) -> None:
@@ -87,7 +113,7 @@ def lose(student: Path) -> None:
 def test_damage(pair_dirs: tuple[Path, Path], student: Path, damage, error: type[OrinKitError], words: str) -> None:  # type: ignore[no-untyped-def]
     damage(student)
     with pytest.raises(error, match=words):
-        load_pair(pair_dirs[0], student, precision="fp32", seed=0)
+        pair_of(pair_dirs[0], student)
 
 
 def test_loading_alone(pair_dirs: tuple[Path, Path]) -> None:

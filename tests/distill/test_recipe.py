@@ -70,6 +70,39 @@ def test_mistakes_name_their_field(tmp_path: Path, override: str, named: str) ->
     assert "\n" not in str(caught.value)
 
 
+def test_mistakes_name_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "teacher: t\nstudent: s\ndata:\n  tasks:\n    count: 0\n  questions: {tasks: 5}\n"
+        "stages:\n  features:\n    layer: [1]\n  task: {lora: {r: 16,\n    alpha: none}}\n"
+    )
+    with pytest.raises(UserError) as caught:
+        Recipe.load(path)
+    said = caught.value.what
+    for words in ("line 5, data.tasks.count: ", "line 9, stages.features.layer: unknown", "line 11, stages.task.lora.al"):
+        assert words in said
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"teacher_logits": "cache"}, "stages.features needs the live teacher"),
+        ({"teacher_logits": "cache", "stages": {"features": None}}, "stages.attention needs the live teacher"),
+        (
+            {"teacher_logits": "c", "stages": {"features": None, "attention": None, "task": {"on_policy": {}}}},
+            "on_policy needs the live teacher",
+        ),
+        ({"bridge": "sequences", "stages": {"features": None, "attention": None}}, "needs data.questions"),
+        ({"stages": {"task": {"on_policy": {}, "teacher_weight": {"start": 0, "every": 0}}}}, "on_policy has only"),
+        ({"stages": {"attention": {"mode": "relations", "relations": []}}}, "relations is empty"),
+        ({"stages": {"task": {"exits": {"layers": []}}}}, "stages.task.exits.layers"),
+    ],
+)
+def test_what_this_teacher_cannot_give_is_refused(fields: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError, match=words.replace(".", r"\.")):
+        Recipe.parse(GOOD | fields)
+
+
 def test_missing_fields_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="teacher: Field required"):
         Recipe.load(write(tmp_path, {"student": "s", "data": {"chats": "c.jsonl"}}))

@@ -49,6 +49,21 @@ def test_elastic_weight_follows_the_held_out_loss() -> None:
     assert weights == [0.4, 0.35, 0.35, 0.45, 0.55, 0.6, 0.5]
 
 
+def test_elastic_weight_follows_forgetting_where_it_is_measured() -> None:
+    elastic = Elastic.begin(TeacherWeight(start=0.5, low=0.3, high=0.7, move=0.1), tolerance=0.05)
+    elastic.baseline = 2.0
+    moves = []
+    # The held-out loss falls all the time: what counts is the general one, against 2.0 and 5 %.
+    for loss, general in ((3.0, 2.0), (2.5, 2.09), (2.0, 2.11), (1.5, 2.4), (1.0, 3.0), (0.5, 1.8)):
+        forgotten = elastic.measured(loss, general)
+        assert forgotten == pytest.approx(general / 2.0 - 1)
+        moves.append(round(elastic.weight, 6))
+    assert moves == [0.4, 0.3, 0.4, 0.5, 0.6, 0.5]
+    again = Elastic.begin(elastic.rules, tolerance=0.05)
+    again.restore(elastic.state())
+    assert again == elastic
+
+
 def test_constant_teacher_weight() -> None:
     elastic = Elastic.begin(TeacherWeight(start=0.8, every=0))
     assert not any(elastic.due(s) for s in range(100))
