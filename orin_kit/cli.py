@@ -170,14 +170,14 @@ def traces(teacher: Path, out: Path, kinds: str, **options: Any) -> None:
     """
     from dataclasses import fields
 
-    from orin_kit.traces.traces import Asking, Rules
+    from orin_kit.traces.traces import Asking
     from orin_kit.traces.traces import traces as run
+    from orin_kit.traces.verifiers import Rules
 
-    asking, rules = (kind(**{f.name: options.pop(f.name) for f in fields(kind)}) for kind in (Asking, Rules))
-    results = run(
-        teacher, out, kinds=[kind.strip() for kind in kinds.split(",") if kind.strip()], asking=asking, rules=rules,
-        **options,
-    )  # fmt: skip
+    asking = Asking(**{field.name: options.pop(field.name) for field in fields(Asking)})
+    rules = Rules(**{field.name: options.pop(field.name) for field in fields(Rules)})
+    names = [name.strip() for name in kinds.split(",") if name.strip()]
+    results = run(teacher, out, kinds=names, asking=asking, rules=rules, **options)
     click.echo(f"{results['passed']} of {results['answers']} answers passed ({results['acceptance_rate']:.1%}); "
                f"{results['traces']} traces of {results['questions_with_traces']} questions, "
                f"{results['mean_tokens']:.0f} tokens on average")  # fmt: skip

@@ -1,7 +1,7 @@
-"""Losses on attention maps that are never held: they are made again from queries and keys, a block of queries at a time.
+"""Losses on attention maps that are never held: they are made a block of queries at a time, and again going backward.
 
 Scores, softmax and KL are in fp32 whatever autocast says. Projections may be bf16, but a score of 20 rounded to bf16 is
-off by up to 0.06, which is the log of a probability off by as much, where the losses that end a distillation are smaller.
+off by up to 0.06, and so is the log of its probability: more than the loss at the end of a distillation.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def attention_loss(
     """KL(teacher || student) of attention rows, averaged over the kept teacher heads and all real queries.
 
     Args:
-        student, teacher: of the same rows; heads and widths may differ.
+        student: of the layer that learns.
+        teacher: of the same rows; heads and widths may differ.
         documents: int64 `[batch, length]`, number of the packed document each token belongs to, -1 for padding.
         mixing: student maps `[batch, heads, queries, keys]` to `[batch, len(kept), queries, keys]`, rows staying
             distributions; see `HeadMixing`.
@@ -90,7 +91,8 @@ def relation_loss(
     visible positions, of the scaled dot products of such vectors with each other. So no head has to match another.
 
     Args:
-        student, teacher: of the same rows; heads and widths may differ.
+        student: of the layer that learns.
+        teacher: of the same rows; heads and widths may differ.
         documents: int64 `[batch, length]`, number of the packed document each token belongs to, -1 for padding.
         relation_heads: must divide every kind's width (heads x head_dim) in both models.
         kinds: of "query", "key", "value". The paper sums over all three, which is three times this mean.
@@ -101,9 +103,10 @@ def relation_loss(
 
     Source: MiniLMv2, arXiv:2012.15828, section 3.1; causal, as decoders are.
     """
+    _check_relation_heads((student, teacher), kinds, relation_heads)
     losses = []
     for kind in kinds:
-        ours, theirs = (_relations(getattr(side, kind), kind, relation_heads) for side in (student, teacher))
+        ours, theirs = (_relations(getattr(side, kind), relation_heads) for side in (student, teacher))
         losses.append(_mean_divergence(ours, theirs, documents, lambda scores: scores.log_softmax(-1), block))
     return torch.stack(losses).mean()
 
@@ -112,7 +115,9 @@ def visible(documents: Tensor, start: int, stop: int) -> Tensor:
     """Which keys queries `start` to `stop` may look at: real ones of the same document, not later than themselves.
 
     Args:
-        documents: int64 `[batch, length]`, number of the document each token belongs to, -1 for padding.
+        documents: int64 `[batch, length]`, number of the packed document each token belongs to, -1 for padding.
+        start: the first query.
+        stop: behind the last one.
 
     Returns:
         bool `[batch, 1, stop - start, length]`; nothing in the rows of padding.
@@ -129,11 +134,12 @@ def attention_scores(query: Tensor, key: Tensor, scaling: float, seen: Tensor) -
     Args:
         query: `[batch, heads, queries, head_dim]`.
         key: `[batch, kv_heads, keys, head_dim]`.
+        scaling: what products are multiplied by.
         seen: bool `[batch, 1, queries, keys]`.
 
     Returns:
-        `[batch, heads, queries, keys]`, fp32 or wider; where not `seen`, the lowest finite number: its softmax is 0, and
-        a row that sees nothing stays finite.
+        `[batch, heads, queries, keys]`, fp32 or wider; the lowest finite number where not `seen`, whose softmax is 0
+        and which leaves a row that sees nothing finite.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     batch, heads, queries, width = query.shape
@@ -149,8 +155,7 @@ def _mean_divergence(
 ) -> Tensor:
     """KL(teacher || student) a row, averaged over the teacher's heads and real queries.
 
-    Args:
-        log_rows: the student's scores to the logs of the rows that are compared, as many heads as the teacher has.
+    `log_rows` makes the student's scores the logs of the rows that are compared, of as many heads as the teacher has.
     """
 
     def divergence(ours: Tensor, keys: Tensor, theirs: Tensor, start: int) -> Tensor:
@@ -162,7 +167,7 @@ def _mean_divergence(
             rows = F.kl_div(log_q, target, reduction="none").sum(-1)
             return torch.where(documents[:, None, start:stop] >= 0, rows, 0.0).sum()
 
-    queries = zip(student.query.split(block, 2), teacher.query.detach().split(block, 2), strict=True)
+    queries = zip(torch.split(student.query, block, 2), torch.split(teacher.query.detach(), block, 2), strict=True)
     parts = [
         # Nothing in a block draws random numbers, so there is no state to keep for running it again.
         checkpoint(divergence, ours, student.key, theirs, i * block, use_reentrant=False, preserve_rng_state=False)
@@ -172,13 +177,18 @@ def _mean_divergence(
     return total / (teacher.query.shape[1] * (documents >= 0).sum().clamp(min=1))
 
 
-def _relations(heads: Tensor, kind: str, relation_heads: int) -> Projections:
-    """`[batch, heads, length, head_dim]` cut anew, as queries and keys of themselves."""
-    batch, count, length, head_dim = heads.shape
-    width = count * head_dim
-    if relation_heads < 1 or width % relation_heads:
-        divisors = ", ".join(str(n) for n in range(1, width + 1) if width % n == 0)
-        what = f"relation_heads {relation_heads} does not divide a {kind} width of {width} ({count} x {head_dim})"
-        raise UserError(what, mend=f"choose a divisor of it that the other model's widths have too: {divisors}")
-    cut = heads.transpose(1, 2).reshape(batch, length, relation_heads, -1).transpose(1, 2)
-    return Projections(cut, cut, cut, 1 / math.sqrt(width // relation_heads))
+def _relations(heads: Tensor, count: int) -> Projections:
+    """`[batch, heads, length, head_dim]` cut anew into `count` heads, as queries and keys of themselves."""
+    batch, _, length, _ = heads.shape
+    cut = heads.transpose(1, 2).reshape(batch, length, count, -1).transpose(1, 2)
+    return Projections(cut, cut, cut, cut.shape[-1] ** -0.5)
+
+
+def _check_relation_heads(sides: Sequence[Projections], kinds: Sequence[str], count: int) -> None:
+    widths = [x.shape[1] * x.shape[3] for side in sides for x in (getattr(side, kind) for kind in kinds)]
+    common = math.gcd(*widths)
+    if count < 1 or common % count:
+        what = f"relation_heads {count} does not divide the widths {', '.join(map(str, widths))}"
+        divisors = (str(n) for n in range(1, common + 1) if common % n == 0)
+        whose = f"(of {', '.join(kinds)}: first the student's, then the teacher's)"
+        raise UserError(f"{what} {whose}", mend=f"choose one of {', '.join(divisors)}")

@@ -18,7 +18,7 @@ from orin_kit.distill.continual import continued
 from orin_kit.distill.dataset import load_dataset
 from orin_kit.distill.pair import Pair, load_pair
 from orin_kit.distill.recipe import Recipe
-from orin_kit.distill.run import _inputs, _progress, answered
+from orin_kit.distill.run import recipe_inputs, progress_bar, answered
 from orin_kit.distill.signals import LiveTeacher
 from orin_kit.distill.teacher_logits import (
     KIND,
@@ -78,10 +78,10 @@ def cache(
     pair = load_pair(recipe)
     at = sorted(set(temperatures or default_temperatures(recipe.stages.task.temperature)))
     settings = _settings(recipe, pair, k, at)
-    inputs = {role: path for role, path in _inputs(recipe).items() if role != "student"}
+    inputs = {role: path for role, path in recipe_inputs(recipe).items() if role != "student"}
     partial = _open_partial(out, _identity(settings, inputs, shard_bytes), overwrite=overwrite)
     rows = _rows(recipe, pair, partial / ANSWERS, progress=progress)
-    with _progress(progress) as bar:
+    with progress_bar(progress) as bar:
         task = bar.add_task("the teacher's logits", total=len(rows))
         files = write_logits(
             LiveTeacher(pair.teacher.to(accelerator.device)), rows, partial,

@@ -47,7 +47,7 @@ def head_entropy(projections: Projections, documents: Tensor, block: int = BLOCK
     """
     sums = torch.zeros(projections.query.shape[1], dtype=torch.float64, device=documents.device)
     queries = 0
-    for i, query in enumerate(projections.query.split(block, 2)):
+    for i, query in enumerate(torch.split(projections.query, block, 2)):
         start = i * block
         stop = start + query.shape[2]
         seen = visible(documents[:, :stop], start, stop)
@@ -105,24 +105,7 @@ def read_heads(path: Path) -> list[LayerHeads]:
 
 
 def plot_heads(heads: Sequence[LayerHeads], path: Path) -> None:
-    """A picture of every head's entropy, by layer, with the kept ones filled; svg or png by the path's suffix."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 1.2 + 0.55 * len(heads)), layout="constrained")
-    axes = figure.subplots()
-    for row, layer in enumerate(heads):
-        for head, entropy in enumerate(layer.entropy):
-            kept = head in layer.kept
-            axes.plot(entropy, row, "o", color="#0072b2", fillstyle="full" if kept else "none")
-    axes.set_yticks(range(len(heads)), [f"layer {layer.layer}" for layer in heads])
-    axes.set_xlabel("entropy of attention, a share of the most possible (filled: the heads that are imitated)")
-    axes.set_xlim(0, 1)
-    axes.set_ylim(len(heads) - 0.5, -0.5)
-    figure.savefig(path)
-
-
-def plot_heads(heads: Sequence[LayerHeads], path: Path) -> None:
-    """A picture of `heads.json`: a row for each layer, a square for each head, darker the more focused, kept ones dotted.
+    """A picture of `heads.json`: a row a layer, a square a head, darker the more focused, kept ones dotted.
 
     Args:
         heads: of one model, so of as many heads a layer.
@@ -131,6 +114,7 @@ def plot_heads(heads: Sequence[LayerHeads], path: Path) -> None:
     Raises:
         UserError: it ends otherwise.
     """
+    import matplotlib as mpl
     from matplotlib.figure import Figure
 
     kind = path.suffix.lstrip(".").lower()
@@ -139,16 +123,19 @@ def plot_heads(heads: Sequence[LayerHeads], path: Path) -> None:
                         mend=f"end it in one of: {', '.join(PICTURES)}")  # fmt: skip
     rows = sorted(heads, key=lambda h: h.layer)
     count = max(len(h.entropy) for h in rows)
-    figure = Figure(figsize=(1.6 + 0.28 * count, 1.5 + 0.28 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(1.8 + 0.28 * count, 1.5 + 0.28 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow([h.entropy for h in rows], cmap="Blues_r", vmin=0.0, vmax=1.0, aspect="auto")
-    kept = [(head, row) for row, h in enumerate(rows) for head in h.kept]
-    axes.scatter(*zip(*kept, strict=True), s=22, color="#e08a1e", edgecolors="white", linewidths=0.6)
+    # Twenty shades and squares as paths: an SVG without pictures inside, which any page can take in.
+    squares = axes.pcolormesh([h.entropy for h in rows], cmap=mpl.colormaps["Blues_r"].resampled(20), vmin=0, vmax=1)
+    kept = [(head + 0.5, row + 0.5) for row, h in enumerate(rows) for head in h.kept]
+    axes.scatter([x for x, _ in kept], [y for _, y in kept], s=22, color="#e08a1e", edgecolors="white", linewidths=0.6)
     axes.set_title(f"Entropy of attention ({len(kept)} of {len(rows) * count} heads kept, dotted)", loc="left")
     axes.set(xlabel="head", ylabel="layer")
-    axes.set_xticks(range(0, count, 1 if count < 16 else 4))
-    axes.set_yticks(range(len(rows)), [str(h.layer) for h in rows])
-    figure.colorbar(image, ax=axes, label="0 one key, 1 all alike")
+    every = 1 if count < 16 else 4
+    axes.set_xticks([head + 0.5 for head in range(0, count, every)], [str(head) for head in range(0, count, every)])
+    axes.set_yticks([row + 0.5 for row in range(len(rows))], [str(h.layer) for h in rows])
+    axes.invert_yaxis()
+    figure.colorbar(squares, ax=axes, label="0: one key, 1: all alike")
     fresh = path.with_suffix(".new")
     figure.savefig(fresh, format=kind, dpi=150)
     fresh.replace(path)

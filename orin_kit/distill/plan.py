@@ -392,7 +392,8 @@ KINDS = {
 
 def plan_table(plan: Plan) -> RenderableType:
     """What `--plan` prints: parameters, memory of each stage, work and time."""
-    return Group(_parameter_table(plan), _memory_table(plan), _work_table(plan), _verdict(plan))
+    tables = _parameter_table(plan), _memory_table(plan), _sharded_table(plan), _work_table(plan)
+    return Group(*tables, _verdict(plan))
 
 
 def _parameter_table(plan: Plan) -> Table:
@@ -407,26 +408,39 @@ def _parameter_table(plan: Plan) -> Table:
 
 
 def _memory_table(plan: Plan) -> Table:
-    """A column for each stage, on one GPU, and on as many as are needed where that is more."""
-    counts = [1] if plan.gpus in (1, None) else [1, plan.gpus]
-    memories = [(gpus, stage, plan.memory(stage, gpus)) for gpus in counts if gpus for stage in plan.stages]
-    table = Table(title="memory of each GPU at a stage's peak, GB (1e9 bytes)", title_justify="left")
-    table.add_column()
-    for gpus, stage, _ in memories:
-        table.add_column(f"{stage.name}\n{'1 GPU' if gpus == 1 else f'{gpus} GPUs, FSDP'}", justify="right")
+    """A column for each stage, on as many GPUs as are needed."""
+    gpus = plan.gpus or 1
+    memories = [plan.memory(stage, gpus) for stage in plan.stages]
+    where = "one GPU" if gpus == 1 else f"each of {gpus} GPUs (FSDP)"
+    table = Table(title=f"memory of {where} at a stage's peak, GB (1e9 bytes)", title_justify="left")
+    for column in ("", *(stage.name for stage in plan.stages)):
+        table.add_column(column, justify="right" if column else "left")
     for kind, label in KINDS.items():
-        if any(getattr(memory, kind) for *_, memory in memories):
-            table.add_row(label, *(_gb(getattr(memory, kind)) for *_, memory in memories))
+        sizes = [getattr(memory, kind) for memory in memories]
+        if any(sizes):
+            table.add_row(label, *map(_gb, sizes))
     table.add_section()
-    table.add_row("total", *(_gb(memory.total) for *_, memory in memories), style="bold")
+    table.add_row("total", *(_gb(memory.total) for memory in memories), style="bold")
     table.add_section()
     recomputes = plan.recipe.activation_checkpointing
     for label, name, chosen in (
-        ("activations, all kept", "activations_kept", not recomputes),
-        ("activations, checkpointed", "activations_recomputed", recomputes),
+        ("activations without checkpointing", "activations_kept", not recomputes),
+        ("activations with checkpointing", "activations_recomputed", recomputes),
     ):
-        mark = " (as in the recipe)" if chosen else ""
-        table.add_row(label + mark, *(_gb(getattr(stage, name)) for _, stage, _ in memories), style="dim")
+        mark = " (the recipe)" if chosen else ""
+        table.add_row(label + mark, *(_gb(getattr(stage, name)) for stage in plan.stages), style="dim")
+    return table
+
+
+def _sharded_table(plan: Plan) -> Table:
+    """Totals by number of GPUs, as far as it makes a difference worth a row."""
+    table = Table(title="total of each GPU by their number, GB; the batch is each GPU's own", title_justify="left")
+    for column in ("GPUs", *(stage.name for stage in plan.stages), ""):
+        table.add_column(column, justify="right" if column else "left")
+    for gpus in [n for n in COUNTS if n <= max(8, plan.gpus or COUNTS[-1])]:
+        totals = [plan.memory(stage, gpus).total for stage in plan.stages]
+        fits = "fits" if max(totals) <= plan.budget else "too much"
+        table.add_row(str(gpus), *map(_gb, totals), fits)
     return table
 
 

@@ -8,11 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from orin_kit.errors import UserError
+
+SHARDED = (FSDPModule, FullyShardedDataParallel)
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,12 @@ def recorded_attention(model: PreTrainedModel, layers: Sequence[int]) -> Iterato
     through. Notes are taken while the decoder runs forward, hence not when gradient checkpointing runs a layer again
     in the backward pass. What is recorded belongs to the graph: losses on it have gradients.
 
-    A loss made of recorded tensors alone does not reach the output of the last recorded layer. FSDP, which brings a
-    layer's weights back when the gradient of its output arrives, needs the loss to depend on the model's output too.
-
     Args:
         model: as transformers makes it, with adapters or not; what wraps it (DDP, FSDP) does not matter.
         layers: of the decoder, from 0.
 
     Raises:
-        UserError: the model has no such layer, or no attention in it; when run, rows are longer than its sliding window.
+        UserError: the model has no such layer, or no attention in it; when run, rows outgrow its sliding window.
 
     Example:
         with recorded_attention(model, [6, 7]) as recorded:
@@ -58,6 +59,7 @@ def recorded_attention(model: PreTrainedModel, layers: Sequence[int]) -> Iterato
     """
     decoder, name = model.get_decoder(), model.config._attn_implementation
     chosen = {_attention(model, decoder, layer): layer for layer in layers}
+    sharded = {decoder.layers[layer]: layer for layer in layers if isinstance(decoder.layers[layer], SHARDED)}
     recorded: dict[int, Projections] = {}
     running = False
 
@@ -69,6 +71,14 @@ def recorded_attention(model: PreTrainedModel, layers: Sequence[int]) -> Iterato
         nonlocal running
         running = False
 
+    def order(module: nn.Module, _: object, output: Tensor) -> None:
+        if running and output.requires_grad:
+            found = recorded[sharded[module]]
+            after: Callable[..., tuple[Tensor, ...]] = _After.apply
+            recorded[sharded[module]] = Projections(
+                *after(output, found.query, found.key, found.value), scaling=found.scaling
+            )
+
     def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
         if running and module in chosen:
             _check_window(chosen[module], query.shape[2], options.get("sliding_window"))
@@ -79,6 +89,7 @@ def recorded_attention(model: PreTrainedModel, layers: Sequence[int]) -> Iterato
     # transformers' modules carry their eager function themselves: the table has none, but is asked first.
     covered: Callable[..., Any] | None = ALL_ATTENTION_FUNCTIONS.get(name)
     hooks = [decoder.register_forward_pre_hook(run), decoder.register_forward_hook(rest, always_call=True)]
+    hooks += [layer.register_forward_hook(order) for layer in sharded]
     ALL_ATTENTION_FUNCTIONS[name] = record
     try:
         yield recorded
@@ -91,9 +102,27 @@ def recorded_attention(model: PreTrainedModel, layers: Sequence[int]) -> Iterato
             hook.remove()
 
 
+class _After(torch.autograd.Function):
+    """Passes tensors of a layer on, with gradients that wait for the layer's output to have one, be it zero.
+
+    FSDP brings a layer's weights back when the gradient of its output arrives. A loss made of recorded tensors alone
+    does not depend on the output of the last recorded layer, and would find no weights there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *recorded: Tensor) -> tuple[Tensor, ...]:
+        ctx.zero = output.new_zeros(()).expand_as(output)
+        return tuple(tensor.view_as(tensor) for tensor in recorded)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return ctx.zero, *gradients
+
+
 def _attention(model: PreTrainedModel, decoder: nn.Module, layer: int) -> nn.Module:
     """The attention module of a layer, which every family calls `self_attn`."""
     whose = f"{model.config.model_type} model"
+    assert isinstance(decoder.layers, nn.ModuleList)
     stack = list(decoder.layers)
     if not 0 <= layer < len(stack):
         raise UserError(

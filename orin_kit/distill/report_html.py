@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
@@ -41,19 +42,28 @@ def write_html(report: Mapping[str, Any], log: Path, heads: Path | None, to: Pat
     Raises:
         ArtifactError: the log or the heads cannot be read.
     """
-    recipe = to.with_name("recipe.yaml")
+    beside = to.with_name("recipe.yaml")
+    recipe = beside.read_text("utf-8") if beside.is_file() else ""
     tables = (_scores(report), _forgetting(report), _stages(report))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(TEMPLATE.read_text("utf-8")).render(
-        title=to.absolute().parent.name or "distillation",
+        title=_title(recipe),
         subtitle=_subtitle(report),
         facts=_facts(report),
         tables=[table for table in tables if table is not None],
         curves=Markup(curves_svg(read_log(log))),
         heads=None if heads is None else Markup(_heads_svg(heads)),
-        recipe=recipe.read_text("utf-8") if recipe.is_file() else "",
+        recipe=recipe,
     )
     to.write_text(page, "utf-8")
+
+
+def _title(recipe: str) -> str:
+    named = yaml.safe_load(recipe) or {}
+    teacher, student = (Path(named[role]).name if named.get(role) else None for role in ("teacher", "student"))
+    if student is None:
+        return "Distillation"
+    return f"{teacher} teaches {student}" if teacher else f"{student} teaches itself"
 
 
 def _subtitle(report: Mapping[str, Any]) -> str:

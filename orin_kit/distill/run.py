@@ -31,6 +31,7 @@ from orin_kit.manifest import check_free, sha256_input, write_artifact
 from orin_kit.models.weights import has_weights
 from orin_kit.tokenizer import ChatTokenizer, copy_tokenizer
 
+ANSWERS = "answers.jsonl"
 Scores = MutableMapping[str, dict[str, Any]]
 
 
@@ -77,7 +78,7 @@ def distill(
     chats = answered(recipe, pair, store.answers, progress=progress)
     data = load_dataset(recipe, pair.tokenizer, chats, store.translations)
     trainer = Trainer(recipe, pair, data, store)
-    with _progress(progress) as bar:
+    with progress_bar(progress) as bar:
         task = bar.add_task("distill", total=recipe.total_steps)
 
         def advance(stage: str, done: int, loss: float) -> None:
@@ -103,7 +104,7 @@ def distill(
 def run_identity(recipe: Recipe) -> str:
     """Hash of all that decides a run's result: the recipe, and the content of the models and data it names."""
     digest = hashlib.sha256(recipe.sha256().encode())
-    for path in _inputs(recipe).values():
+    for path in recipe_inputs(recipe).values():
         digest.update(sha256_input(path).encode())
     return digest.hexdigest()
 
@@ -118,7 +119,7 @@ def score(
     tests = {"accuracy": data.test} | ({"general_accuracy": data.general.test} if data.general else {})
     watched = {"held_out_loss": data.watched} | ({"general_loss": data.general.watched} if data.general else {})
     found: dict[str, Any] = {"parameters": model.num_parameters()}
-    with _progress(progress) as bar:
+    with progress_bar(progress) as bar:
         task = bar.add_task("test questions", total=sum(map(len, tests.values())))
         for name, questions in tests.items():
             found[name] = accuracy(
@@ -133,11 +134,13 @@ def answered(recipe: Recipe, pair: Pair, path: Path, *, progress: bool) -> list[
     prompts = load_questions(recipe)
     if not prompts:
         return []
+    if recipe.teacher_logits and (recipe.teacher_logits / ANSWERS).is_file():
+        return read_chats(recipe.teacher_logits / ANSWERS)  # the rows whose logits were stored
     accelerator = make_accelerator(recipe.precision)
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()
         return read_chats(path)
-    with _progress(progress) as bar:
+    with progress_bar(progress) as bar:
         task = bar.add_task("the teacher answers", total=len(prompts))
         chats = teacher_answers(
             pair.teacher.to(accelerator.device), pair.teacher_tokenizer, prompts, path,
@@ -170,13 +173,13 @@ def _write(
     overwrite: bool,
 ) -> None:
     settings = {"recipe": recipe.model_dump(mode="json"), "run": store.identity}
-    with write_artifact(out, "model", inputs=_inputs(recipe), settings=settings, overwrite=overwrite) as artifact:
+    with write_artifact(out, "model", inputs=recipe_inputs(recipe), settings=settings, overwrite=overwrite) as artifact:
         folder = artifact.directory
         pair.student.half().save_pretrained(folder, safe_serialization=True)
         copy_tokenizer(pair.tokenizer_directory, folder)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-        files = {LOG: store.log, HEADS: store.heads, LAYERS: store.layers, "answers.jsonl": store.answers}
+        files = {LOG: store.log, HEADS: store.heads, LAYERS: store.layers, ANSWERS: store.answers}
         for name, file in files.items():
             if file.is_file():
                 shutil.copy(file, folder / name)
@@ -187,7 +190,7 @@ def _write(
         artifact.results.update(report)
 
 
-def _inputs(recipe: Recipe) -> dict[str, Path]:
+def recipe_inputs(recipe: Recipe) -> dict[str, Path]:
     """Everything on disk that decides a run's result, by role."""
     data = recipe.data
     named = {
@@ -203,7 +206,8 @@ def _inputs(recipe: Recipe) -> dict[str, Path]:
     return {role: path for role, path in named.items() if path is not None}
 
 
-def _progress(shown: bool) -> Progress:
+def progress_bar(shown: bool) -> Progress:
+    """On stderr, and nothing where that is no terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from families import DEMO_TEACHER
 from orin_kit.distill import Recipe, distill
 
 SCRIPT = Path(__file__).with_name("multi_process.py")
@@ -30,10 +31,10 @@ def free_port() -> str:
 def launch(recipe: Recipe, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
     path = out.parent / f"{out.name}.yaml"
     path.write_text(recipe.to_yaml())
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2",
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
                "--main_process_port", free_port(), *options, str(SCRIPT), str(path), str(out)]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 
 
@@ -65,12 +66,13 @@ def recipes(make_recipe: Callable[..., Recipe]) -> tuple[Recipe, Recipe]:
         "task": {"steps": 3, "learning_rate": 1e-3, "teacher_weight": {"every": 2}, "lora": {"r": 4, "dropout": 0.2}},
     }
     data = {"tasks": {"count": 60}, "row_length": 64, "general": general, "questions": questions}
-    options = {"data": data, "stages": stages, "ema": 0.5, "activation_checkpointing": True, "max_new_tokens": 60}
+    options = {"data": data, "stages": stages, "ema": 0.5, "activation_checkpointing": True, "max_new_tokens": 60,
+               "teacher": str(DEMO_TEACHER), "student": str(DEMO_TEACHER.with_name("demo-student"))}  # fmt: skip
     one = make_recipe(accumulation=4, **options)
     return one, one.model_copy(update={"accumulation": 2})
 
 
-@pytest.mark.parametrize("options", [[], SHARDED], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("options", [["--multi_gpu"], SHARDED], ids=["ddp", "fsdp"])
 def test_two_processes_equal_one(recipes: tuple[Recipe, Recipe], options: list[str], tmp_path: Path) -> None:
     one, two = recipes
     distill(one, tmp_path / "one", progress=False)
