@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from orin_kit.errors import UserError
@@ -33,9 +33,10 @@ def make_accelerator(precision: str) -> Accelerator:
         ],
     )
     state = accelerator.state
-    if state.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if accelerator.num_processes > 1 and accelerator.device.type == "cpu" and _fsdp_asked():
         # accelerate knows FSDP on accelerators alone; torch's own, which it calls, does CPUs as well.
         state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # where accelerate looks it up anew
     if state.distributed_type == DistributedType.DEEPSPEED:
         raise UserError(
             "distill does not train with DeepSpeed", mend="use accelerate launch --use_fsdp --fsdp_version 2"
@@ -43,3 +44,7 @@ def make_accelerator(precision: str) -> Accelerator:
     if state.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UserError("distill shards with version 2 of FSDP", mend="add --fsdp_version 2 to accelerate launch")
     return accelerator
+
+
+def _fsdp_asked() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

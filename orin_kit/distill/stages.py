@@ -107,6 +107,10 @@ class StageModule(nn.Module):
     def finish(self) -> None:
         """Leave the student as an ordinary model."""
 
+    def tie_weights(self) -> None:
+        """Make a tied head the embedding again (accelerate calls it when FSDP has moved the parameters)."""
+        self.student.tie_weights()
+
     @property
     def _no_split_modules(self) -> list[str]:
         """The student's decoder layers, by class name: what FSDP shards one by one (accelerate reads it here)."""

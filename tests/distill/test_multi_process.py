@@ -28,12 +28,13 @@ def free_port() -> str:
         return str(sock.getsockname()[1])
 
 
-def launch(recipe: Recipe, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def launch(recipe: Recipe, out: Path, *options: str, die_after: int = 0) -> subprocess.CompletedProcess[str]:
     path = out.parent / f"{out.name}.yaml"
     path.write_text(recipe.to_yaml())
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2",
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-               "--main_process_port", free_port(), *options, str(SCRIPT), str(path), str(out)]  # fmt: skip
+               "--main_process_port", free_port(), *options, str(SCRIPT), str(path), str(out),
+               str(die_after)]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 
@@ -80,3 +81,16 @@ def test_two_processes_equal_one(recipes: tuple[Recipe, Recipe], options: list[s
     assert done.returncode == 0, done.stderr[-3000:]
     check_same(tmp_path / "one", tmp_path / "two")
     assert not list(tmp_path.glob(".two*"))
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_resumed_whole_and_sharded(recipes: tuple[Recipe, Recipe], tmp_path: Path) -> None:
+    """Died in the second stage and in the third, gone on with from whole checkpoints: the same losses."""
+    one, two = recipes
+    distill(one, tmp_path / "one", progress=False)
+    died = launch(two, tmp_path / "two", *SHARDED, die_after=3)
+    assert "died after 3 steps with a sharded student" in died.stdout and not (tmp_path / "two").exists()
+    assert launch(two, tmp_path / "two", *SHARDED, die_after=6).returncode
+    done = launch(two, tmp_path / "two", *SHARDED)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_same(tmp_path / "one", tmp_path / "two")
