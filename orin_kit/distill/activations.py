@@ -2,9 +2,9 @@
 
 The real modules run once on fake tensors (`torch._subclasses.FakeTensorMode`: shapes and dtypes, no data), and every
 tensor that autograd saves is counted once by its storage. That is the per-layer sum of Korthikanti et al.
-(arXiv:2205.05198, section 4), with the terms taken from the modules themselves, so that it holds for gated MLPs, grouped
-queries, SDPA (which keeps no `length^2` scores), convolutions, adapters and autocast alike. With full recomputation it
-is, as there, what enters each layer, and one layer as a whole.
+(arXiv:2205.05198, section 4), with the terms taken from the modules themselves, so that it holds for gated MLPs,
+grouped queries, SDPA (which keeps no `length^2` scores), convolutions, adapters and autocast alike. With full
+recomputation it is, as there, what enters each layer, and one layer as a whole.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def on_fake_cpu(*models: nn.Module) -> Iterator[None]:
 
     On the meta device itself SDPA would choose its plain kernel, which keeps all scores, and autocast does nothing.
     """
-    places = [part.__dict__[kind] for model in models for part in model.modules() for kind in ("_parameters", "_buffers")]
+    places = [
+        part.__dict__[kind] for model in models for part in model.modules() for kind in ("_parameters", "_buffers")
+    ]
     before = [dict(place) for place in places]
     made: dict[Tensor, Tensor] = {}
     with FakeTensorMode():
@@ -116,9 +118,7 @@ def autocast(dtype: torch.dtype | None) -> Iterator[None]:
         yield
 
 
-def _saved(
-    forward: Callable[[int], Iterable[Tensor]], rows: int, layers: list[nn.Module], own: list[Tensor]
-) -> Saved:
+def _saved(forward: Callable[[int], Iterable[Tensor]], rows: int, layers: list[nn.Module], own: list[Tensor]) -> Saved:
     found = Saved({OUTSIDE: 0}, {})
     place = [OUTSIDE]
     known = {p.untyped_storage()._cdata for p in own}

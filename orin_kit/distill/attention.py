@@ -171,7 +171,8 @@ def _mean_divergence(
     parts = [
         # Nothing in a block draws random numbers, so there is no state to keep for running it again.
         checkpoint(divergence, ours, student.key, theirs, i * block, use_reentrant=False, preserve_rng_state=False)
-        for i, (ours, theirs) in enumerate(queries)
+        # The last block first: it sees the most keys, and the memory that it gives back has room for all others.
+        for i, (ours, theirs) in reversed(list(enumerate(queries)))
     ]
     total: Tensor = torch.stack(parts).sum()
     return total / (teacher.query.shape[1] * (documents >= 0).sum().clamp(min=1))

@@ -50,7 +50,7 @@ def compare(
         of_seed = recipe.with_seed(recipe.seed + number)
         home = out if number == 0 else out / f"seed-{of_seed.seed}"
         reports = {
-            role: _finished_or_run(chosen, home / role, known, overwrite=overwrite, progress=progress)
+            role: finished_or_run(chosen, home / role, known, overwrite=overwrite, progress=progress)
             for role, chosen in zip(ROLES, (of_seed.without_teacher(), of_seed), strict=True)
         }
         models = {name: score for name, score in reports["plain"]["models"].items() if name != "student"}
@@ -75,7 +75,7 @@ def compare(
     return result
 
 
-def _finished_or_run(recipe: Recipe, out: Path, known: Scores, *, overwrite: bool, progress: bool) -> dict[str, Any]:
+def finished_or_run(recipe: Recipe, out: Path, known: Scores, *, overwrite: bool, progress: bool) -> dict[str, Any]:
     """The report of `out` when it is this very run's, complete; else of running it."""
     if (out / MANIFEST).is_file():
         try:

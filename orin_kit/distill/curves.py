@@ -142,6 +142,11 @@ def curves_svg(lines: Sequence[Mapping[str, Any]]) -> str:
 
 def curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
     """A panel for each of `PANELS` of which the log says something, under one axis of steps."""
+    with mpl.rc_context(STYLE):
+        return _figure(lines)
+
+
+def _figure(lines: Sequence[Mapping[str, Any]]) -> Figure:
     drawn = [panel for panel in PANELS if any(_points(lines, s.field)[0] for s in panel.series)]
     if not drawn:
         figure = Figure(figsize=(WIDTH, 1.2), layout="constrained")
@@ -236,7 +241,7 @@ def _limits(lines: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 
 
 def inline_svg(text: str, name: str) -> str:
-    """The `<svg>` element of an SVG file for a page: no head, no metadata, ids that begin with `name`, the page's ink."""
+    """The `<svg>` element of an SVG file, for a page: no head, ids that begin with `name`, the page's ink."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", text)

@@ -74,10 +74,9 @@ def recorded_attention(model: PreTrainedModel, layers: Sequence[int]) -> Iterato
     def order(module: nn.Module, _: object, output: Tensor) -> None:
         if running and output.requires_grad:
             found = recorded[sharded[module]]
-            after: Callable[..., tuple[Tensor, ...]] = _After.apply
-            recorded[sharded[module]] = Projections(
-                *after(output, found.query, found.key, found.value), scaling=found.scaling
-            )
+            after: Callable[..., tuple[Tensor, Tensor, Tensor]] = _After.apply
+            query, key, value = after(output, found.query, found.key, found.value)
+            recorded[sharded[module]] = Projections(query, key, value, found.scaling)
 
     def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
         if running and module in chosen:

@@ -1,4 +1,4 @@
-"""`report.html`: a distillation run on one page, with nothing outside it, for a screen, light or dark, and for paper."""
+"""`report.html`: a distillation run on one page that needs nothing outside it, for screen and paper."""
 
 from __future__ import annotations
 

@@ -162,15 +162,17 @@ def test_extreme_logits_stay_finite(kind: str, stored: bool) -> None:
 @pytest.mark.parametrize("small", [1e-3, 1e-4])
 def test_jsd_becomes_each_kl_at_its_ends(small: float) -> None:
     """JSD / beta goes to KL(teacher || student) as beta goes to 0, JSD / (1 - beta) to the reverse as it goes to 1."""
-    student, teacher = dense(13, 50, 8, dtype=torch.double), frozen(dense(13, 50, 8, dtype=torch.double))
+    student, teacher = (dense(13, 50, 8, dtype=torch.double) for _ in range(2))
+    # A spread of 0.4: how fast the limit is reached depends on the largest ratio of two probabilities.
+    student, teacher = (frozen(Dense(0.2 * logits.hidden, logits.weight)) for logits in (student, teacher))
     labels = labels_for(student)
 
     def kd(kind: str, beta: float) -> float:
         loss = task_loss(student, labels, teacher, teacher_weight=1.0, temperature=1.0, divergence=kind, beta=beta)
         return loss.loss.item()
 
-    assert kd("jsd", small) / small == pytest.approx(kd("forward_kl", 0.5), rel=200 * small)
-    assert kd("jsd", 1 - small) / small == pytest.approx(kd("reverse_kl", 0.5), rel=200 * small)
+    assert kd("jsd", small) / small == pytest.approx(kd("forward_kl", 0.5), rel=10 * small)
+    assert kd("jsd", 1 - small) / small == pytest.approx(kd("reverse_kl", 0.5), rel=10 * small)
     assert kd("jsd", 0.0) == kd("forward_kl", 0.5)
     assert kd("jsd", 1.0) == kd("reverse_kl", 0.5)
 
@@ -377,7 +379,8 @@ def test_gradients_pass_through_ddp() -> None:
     try:
         reduced: list[Tensor] = []
 
-        def reduce(_: None, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+        # Without annotations: DDP reads them, and does not understand them as text.
+        def doubled(_, bucket):  # type: ignore[no-untyped-def]
             reduced.append(bucket.buffer().clone())
             done: torch.futures.Future[Tensor] = torch.futures.Future()
             done.set_result(bucket.buffer() * 2)
@@ -386,7 +389,7 @@ def test_gradients_pass_through_ddp() -> None:
         twin = Student()
         twin.load_state_dict(alone.state_dict())
         model = nn.parallel.DistributedDataParallel(twin)
-        model.register_comm_hook(None, reduce)
+        model.register_comm_hook(None, doubled)
         model(*inputs).backward()
     finally:
         torch.distributed.destroy_process_group()

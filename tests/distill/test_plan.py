@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from orin_kit.distill.heads import LayerHeads
 from orin_kit.distill.optimizers import make_optimizers
 from orin_kit.distill.pair import load_pair
-from orin_kit.distill.plan import Memory, Plan, plan, plan_table
+from orin_kit.distill.plan import Plan, plan, plan_table
 from orin_kit.distill.recipe import Recipe, Stage
+from orin_kit.distill.stage_plan import Memory
 from orin_kit.distill.stages import AttentionStage, FeatureStage, RelationStage, StageModule, TaskStage
 from orin_kit.errors import ArtifactError, UserError
 
@@ -73,11 +75,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_weights_gradients_and_optimizer_states_are_what_torch_holds_after_a_step(
-    case: str, precision: str, make_recipe: Callable[..., Recipe]
+    case: str, make_recipe: Callable[..., Recipe]
 ) -> None:
-    recipe = make_recipe(**CASES[case], precision=precision, ema=0.9)
+    recipe = make_recipe(**CASES[case], precision="bf16", ema=0.9)
     name = case.partition("-")[0]
     planned = next(stage for stage in plan(recipe).stages if stage.name == name)
     stage = dict(recipe.running_stages())[name]
@@ -149,7 +150,7 @@ def test_saved_activations_are_what_autograd_saves(family: str, precision: str, 
     # The plan adds one layer, for the gradients on their way down: of four alike, a quarter.
     largest = stage.activations_kept - (stage.activations_kept * 4) // 5
     planned = stage.activations_kept - largest + stage.memory.copies
-    assert planned == pytest.approx(real, rel=0.05)
+    assert planned == pytest.approx(real, rel=0.02)
 
 
 def test_activations_follow_the_papers_sum(tmp_path: Path) -> None:
@@ -209,13 +210,14 @@ def test_memory_and_work_of_the_real_pair(of_the_pair: Plan) -> None:
     assert "7,615,616,512" in text and "1,543,714,304" in text and "GPUs needed: 1 of 80 GB" in text
 
 
-def test_fewer_bytes_need_more_gpus_until_the_teacher_alone_is_too_much() -> None:
-    recipe = Recipe.load(RECIPES / "qwen2.5-7b-to-1.5b.yaml", QWEN)
-    counts = [plan(recipe, gpu_bytes=size * 10**9).gpus for size in (80, 50, 16)]
-    assert counts[0] == 1
-    assert counts[1] is not None and counts[1] > 1
-    assert counts[2] is None
-    assert "does not fit" in render(plan(recipe, gpu_bytes=16 * 10**9))
+def test_fewer_bytes_need_more_gpus_until_the_teacher_alone_is_too_much(of_the_pair: Plan) -> None:
+    roomy, small, tiny = (replace(of_the_pair, gpu_bytes=size * 10**9) for size in (80, 50, 16))
+    assert roomy.gpus == 1
+    assert small.gpus is not None and small.gpus > 1
+    assert max(small.memory(stage, small.gpus).total for stage in small.stages) <= small.budget
+    assert max(small.memory(stage, small.gpus // 2).total for stage in small.stages) > small.budget
+    assert tiny.gpus is None
+    assert "does not fit" in render(tiny)
 
 
 def test_fsdp_shards_the_student_alone(of_the_pair: Plan) -> None:
@@ -237,13 +239,14 @@ def test_a_teacher_on_disk_costs_nothing(of_the_pair: Plan) -> None:
     assert stored.flops < task.flops / 2
 
 
-@pytest.mark.parametrize("name", ["domain-medical", "domain-legal", "qwen2.5-7b-to-1.5b-8gpu"])
+@pytest.mark.parametrize("name", ["domain-medical", "qwen2.5-7b-to-1.5b-8gpu"])
 def test_the_other_recipes_of_the_pair_fit(name: str) -> None:
-    found = qwen(name=name)
+    # The alignment stages of the pair are planned above; here the task stage is what differs.
+    found = qwen("stages.attention=null", "stages.features=null", name=name)
     assert found.gpus is not None and found.gpus <= 8
 
 
-@pytest.mark.parametrize("name", ["demo", "self", "conv"])
+@pytest.mark.parametrize("name", ["self", "conv"])
 def test_demo_recipes_can_be_planned(name: str) -> None:
     found = plan(Recipe.load(RECIPES / f"{name}.yaml"))
     assert found.gpus == 1 and all(stage.memory.total < 2e9 for stage in found.stages)
@@ -262,7 +265,9 @@ def test_nothing_but_config_json_is_needed_and_that_is_needed(tmp_path: Path) ->
     assert not any(CONFIGS.glob("*/*token*")) and not any(CONFIGS.glob("*/*.safetensors"))
     shutil.copytree(CONFIGS / "Qwen2.5-1.5B-Instruct", tmp_path / "t")
     (tmp_path / "empty").mkdir()
-    recipe = Recipe.load(RECIPES / "qwen2.5-7b-to-1.5b.yaml", [f"teacher={tmp_path / 't'}", f"student={tmp_path / 'empty'}"])
+    recipe = Recipe.load(
+        RECIPES / "qwen2.5-7b-to-1.5b.yaml", [f"teacher={tmp_path / 't'}", f"student={tmp_path / 'empty'}"]
+    )
     with pytest.raises(ArtifactError, match=r"config\.json"):
         plan(recipe)
 

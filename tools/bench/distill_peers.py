@@ -24,13 +24,12 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from logits_kd import Peak, in_turns, summary
+from logits_kd import Clock, Peak, in_turns, summary
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -268,17 +267,16 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     """Seconds of each step, and the peak since training began."""
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.start = 0.0
+        self.clock = Clock()
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.peak = Peak()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.start = time.perf_counter()
+        self.clock.start()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.start)
+        self.clock.stop()
 
 
 def run_case(options: argparse.Namespace) -> None:
@@ -295,7 +293,8 @@ def run_case(options: argparse.Namespace) -> None:
 
     trainer.compute_loss = compute_loss
     trainer.train()
-    found = {"baseline_mib": watch.peak.before, "peak_mib": watch.peak.mib(), "seconds": watch.seconds}
+    found = {"baseline_mib": watch.peak.before, "peak_mib": watch.peak.mib()}
+    found |= {"cpu": watch.clock.cpu, "wall": watch.clock.wall}
     print(json.dumps(found | {"losses": losses, "as_the_peer": getattr(trainer, "as_the_peer", None)}))
 
 
@@ -307,7 +306,7 @@ def show(results: dict[str, list[dict[str, Any]]], options: argparse.Namespace) 
         title=f"One training step: {options.positions:,} positions, vocabulary {options.vocab:,}, "
         f"{options.layers} layers each, {options.hidden} wide under {options.teacher_hidden}, fp32"
     )
-    for column in ("case", "peak above start, MiB", "s a step", "slowest", "loss of each step"):
+    for column in ("case", "peak above start, MiB", "CPU s a step", "wall s", "loss of each step"):
         table.add_column(column, justify="left" if column == "case" else "right")
     for ours, theirs in PAIRS.values():
         if theirs not in results:
@@ -315,11 +314,11 @@ def show(results: dict[str, list[dict[str, Any]]], options: argparse.Namespace) 
         rows = {case: summary(results[case]) for case in (ours, theirs)}
         for case, row in rows.items():
             losses = " ".join(f"{loss:.5f}" for loss in results[case][0]["losses"])
-            table.add_row(case, f"{row['peak_mib']:,.0f}", f"{row['seconds']:.2f}", f"{row['slowest']:.2f}", losses)
+            table.add_row(case, f"{row['peak_mib']:,.0f}", f"{row['cpu']:.2f}", f"{row['wall']:.2f}", losses)
         as_theirs = results[ours][0]["as_the_peer"]
-        memory, seconds = (rows[theirs][key] / rows[ours][key] for key in ("peak_mib", "seconds"))
+        ratios = (rows[theirs][key] / rows[ours][key] for key in ("peak_mib", "cpu", "wall"))
         note = "" if as_theirs is None else f"first, by the peer's definition: {as_theirs:.5f}"
-        table.add_row("  peer / orin-kit", f"{memory:.2f}", f"{seconds:.2f}", "", note, end_section=True)
+        table.add_row("  peer / orin-kit", *(f"{ratio:.2f}" for ratio in ratios), note, end_section=True)
     Console(width=140).print(table)
 
 
