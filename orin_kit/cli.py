@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import os
 import sys
@@ -44,7 +45,7 @@ def example(*lines: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         body = "\n".join(f"  {line}" for line in lines)
-        command.__doc__ = f"{(command.__doc__ or '').rstrip()}\n\n\b\nExamples:\n{body}\n"
+        command.__doc__ = f"{inspect.cleandoc(command.__doc__ or '')}\n\n\b\nExamples:\n{body}\n"
         return command
 
     return add

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from orin_kit.distill import Recipe, distill, run
 from orin_kit.distill.checkpoint import CheckpointStore
@@ -92,6 +93,34 @@ def test_bit_exact_in_every_stage(
     assert report["final_loss"] == json.loads((undisturbed / "report.json").read_text())["final_loss"]
     assert (out / "heads.json").read_bytes() == (undisturbed / "heads.json").read_bytes()
     assert not checkpoint_of(out).exists()
+
+
+def test_bit_exact_with_everything_switched_on(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Average of weights, own answers, early exits, noise, a general set, searched layers, checkpointed activations."""
+    task = {"on_policy": {"share": 0.5, "max_new_tokens": 5}, "exits": {"layers": [0]}, "neftune": 5.0}
+    fields = recipe.model_dump()
+    fields["stages"]["task"] |= task
+    fields["stages"]["features"] |= {"teacher_layers": "cka", "projection": "residual", "embeddings": 0.5}
+    fields["stages"]["attention"] |= {"mode": "relations"}
+    general = {"tasks": {"count": 20, "kinds": ["logic"]}, "items": 4, "rehearsal": 0.3}
+    fields["data"]["general"] = general
+    full = Recipe.parse(fields | {"ema": 0.7, "activation_checkpointing": True})
+    distill(full, tmp_path / "undisturbed", progress=False)
+    for step in (1, 5, 7, 9):
+        with monkeypatch.context() as patch:
+            cut_at(patch, step)
+            with pytest.raises(CutOffError):
+                distill(full, tmp_path / "cut", progress=False)
+    distill(full, tmp_path / "cut", progress=False)
+    assert digest(tmp_path / "cut") == digest(tmp_path / "undisturbed")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "undisturbed")
+    events = EventAccumulator(str(tmp_path / "cut/tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    shown = {e.step: e.value for e in events.Scalars("loss")}
+    logged = {i + 1: loss for i, (_, _, loss) in enumerate(losses(tmp_path / "cut"))}
+    assert shown == pytest.approx(logged, rel=1e-5)
 
 
 def test_a_cut_while_scoring_does_not_train_again(
