@@ -113,6 +113,7 @@ def demo(out: str | Path, *, fast: bool = False, overwrite: bool = False) -> lis
     quantize(students / "distilled", int4, samples=length.samples, overwrite=overwrite)
 
     console.rule("3/4  export to ONNX")
+    assert recipe.teacher is not None
     checkpoints = {
         "teacher": recipe.teacher,
         "plain student": students / "plain",

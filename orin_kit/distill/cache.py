@@ -18,7 +18,7 @@ from orin_kit.distill.continual import continued
 from orin_kit.distill.dataset import load_dataset
 from orin_kit.distill.pair import Pair, load_pair
 from orin_kit.distill.recipe import Recipe
-from orin_kit.distill.run import recipe_inputs, progress_bar, answered
+from orin_kit.distill.run import answered, progress_bar, recipe_inputs
 from orin_kit.distill.signals import LiveTeacher
 from orin_kit.distill.teacher_logits import (
     KIND,

@@ -26,7 +26,8 @@ class Ema:
     def update(self) -> None:
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         self.steps += 1
-        get_ema_multi_avg_fn(decay)(self.averages, [p.detach() for p in self.parameters], self.steps)
+        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        average(self.averages, [p.detach() for p in self.parameters], self.steps)
 
     @torch.no_grad()
     def put(self) -> None:

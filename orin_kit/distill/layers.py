@@ -109,7 +109,8 @@ def _centred(x: Tensor) -> Tensor:
 
 def _norm(x: Tensor, y: Tensor) -> Tensor:
     """Frobenius norm of `x^T y`, fp64."""
-    return torch.linalg.matrix_norm((x.T @ y).double())
+    norm: Tensor = torch.linalg.matrix_norm((x.T @ y).double())
+    return norm
 
 
 def _check(asked: Sequence[int], depth: int, whose: str, field: str) -> None:

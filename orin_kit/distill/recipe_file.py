@@ -91,8 +91,9 @@ def _lines(node: yaml.Node | None, path: tuple[str, ...] = ()) -> dict[tuple[str
     else:
         return found
     for name, place, value in children:
-        found[(*path, name)] = place.start_mark.line + 1
-        found |= _lines(value, (*path, name))
+        here = (*path, name)
+        found[here] = place.start_mark.line + 1
+        found |= _lines(value, here)
     return found
 
 

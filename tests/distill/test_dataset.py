@@ -12,7 +12,7 @@ import torch
 
 from orin_kit.data.chat import Message, write_chats
 from orin_kit.data.packing import Example
-from orin_kit.distill.dataset import Batches, Dataset, General, load_dataset, split_chats, to_tensors
+from orin_kit.distill.dataset import Batches, Dataset, load_dataset, split_chats, to_tensors
 from orin_kit.distill.pair import load_model
 from orin_kit.distill.recipe import Recipe
 from orin_kit.errors import UserError
@@ -60,11 +60,17 @@ def test_test_questions_of_tasks_are_never_trained_on(
 
 def test_batches_depend_on_number_and_seed(make_recipe: Callable[..., Recipe], pair_dirs: tuple[Path, Path]) -> None:
     rows = load_dataset(make_recipe(), ChatTokenizer(pair_dirs[0])).train
-    one, other = Batches(Dataset(rows, [], []), 4, seed=5, device=CPU), Batches(Dataset(rows, [], []), 4, seed=5, device=CPU)
+    one, other = (
+        Batches(Dataset(rows, [], []), 4, seed=5, device=CPU),
+        Batches(Dataset(rows, [], []), 4, seed=5, device=CPU),
+    )
     expected = [one.batch(i).input_ids for i in range(30)]
     for i in (29, 3, 17):  # out of order: a resumed run begins anywhere
         assert torch.equal(other.batch(i).input_ids, expected[i])
-    seeds = [torch.equal(Batches(Dataset(rows, [], []), 4, seed=s, device=CPU).batch(0).input_ids, expected[0]) for s in range(6, 12)]
+    seeds = [
+        torch.equal(Batches(Dataset(rows, [], []), 4, seed=s, device=CPU).batch(0).input_ids, expected[0])
+        for s in range(6, 12)
+    ]
     assert not all(seeds)
 
 
@@ -93,7 +99,8 @@ def test_rehearsal_is_a_share_of_the_rows(
     tokenizer = ChatTokenizer(pair_dirs[0])
     general = {"tasks": {"count": 30, "kinds": ["logic"]}, "items": 5, "rehearsal": share}
     data = load_dataset(
-        make_recipe(data={"tasks": {"count": 60, "kinds": ["strings"]}, "row_length": 64, "general": general}), tokenizer
+        make_recipe(data={"tasks": {"count": 60, "kinds": ["strings"]}, "row_length": 64, "general": general}),
+        tokenizer,
     )
     assert data.general is not None and len(data.general.test) == 5
     batches = Batches(data, 10, 0, CPU, share)

@@ -26,7 +26,9 @@ DISTANCE = {
     "mse": lambda s, t: np.mean((s - t) ** 2),
     "relative_mse": lambda s, t: np.mean((s - t) ** 2) / np.mean(t**2),
     "cosine": lambda s, t: 1 - s @ t / np.linalg.norm(s) / np.linalg.norm(t),
-    "cosine_mse": lambda s, t: 1 - s @ t / np.linalg.norm(s) / np.linalg.norm(t) + np.mean((s - t) ** 2) / np.mean(t**2),
+    "cosine_mse": lambda s, t: (
+        1 - s @ t / np.linalg.norm(s) / np.linalg.norm(t) + np.mean((s - t) ** 2) / np.mean(t**2)
+    ),
 }
 
 

@@ -73,6 +73,8 @@ def test_a_run_with_half_its_batches_on_policy(make_recipe: Callable[..., Recipe
 
 def test_prompts_that_leave_no_room_are_left_out(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     task = {"steps": 2, "on_policy": {"share": 1.0, "max_new_tokens": 4}}
-    recipe = make_recipe(stages={"features": None, "attention": None, "task": task}, data={"tasks": {}, "row_length": 8})
+    recipe = make_recipe(
+        stages={"features": None, "attention": None, "task": task}, data={"tasks": {}, "row_length": 8}
+    )
     with pytest.raises(UserError, match=r"data\.row_length"):
         distill(recipe, tmp_path / "out", progress=False)

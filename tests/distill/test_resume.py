@@ -95,9 +95,7 @@ def test_bit_exact_in_every_stage(
     assert not checkpoint_of(out).exists()
 
 
-def test_bit_exact_with_everything_switched_on(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bit_exact_with_everything_switched_on(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Average of weights, own answers, early exits, noise, a general set, searched layers, checkpointed activations."""
     task = {"on_policy": {"share": 0.5, "max_new_tokens": 5}, "exits": {"layers": [0]}, "neftune": 5.0}
     fields = recipe.model_dump()

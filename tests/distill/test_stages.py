@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,9 +113,7 @@ def test_every_stages_own_loss_trains_the_student(
 
 
 @pytest.mark.parametrize("build", [lora, dora])
-def test_merged_adapters_compute_the_same(
-    build: Callable[[Pair], StageModule], pair: Pair, batch: TensorBatch
-) -> None:
+def test_merged_adapters_compute_the_same(build: Callable[[Pair], StageModule], pair: Pair, batch: TensorBatch) -> None:
     module = build(pair)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
