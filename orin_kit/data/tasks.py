@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from orin_kit.data.chat import Chat, Message
+from orin_kit.errors import UserError
 
 SPLITS = ("train", "calibration", "test")
+EXHAUSTED = 20_000  # known problems in a row: there are hardly any others
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,20 @@ def generate(split: str, seed: int, kinds: Sequence[str] = ()) -> Iterator[Task]
 
 
 def distinct(split: str, seed: int, count: int, kinds: Sequence[str] = ()) -> list[Task]:
-    """The first `count` problems of a stream with no key twice (what test sets and finite training sets use)."""
+    """The first `count` problems of a stream with no key twice (what test sets and finite training sets use).
+
+    Raises:
+        UserError: these kinds have not so many.
+    """
     seen: dict[tuple[str, str], Task] = {}
+    known = 0  # drawn since the last new one
     for task in generate(split, seed, kinds):
-        seen.setdefault((task.kind, task.key), task)
+        known = 0 if seen.setdefault((task.kind, task.key), task) is task else known + 1
         if len(seen) == count:
             break
+        if known == EXHAUSTED:
+            named = ", ".join(kinds or KINDS)
+            raise UserError(f"{count} different problems of {named}: there are about {len(seen)}", "ask for fewer")
     return list(seen.values())
 
 

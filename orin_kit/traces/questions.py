@@ -10,14 +10,13 @@ from typing import Any
 
 from orin_kit.data.chat import ROLES, Chat, Message
 from orin_kit.data.scoring import final_answer
-from orin_kit.data.tasks import KINDS, Task, generate
+from orin_kit.data.tasks import KINDS, distinct
 from orin_kit.errors import UserError
 
 SHAPES = (
     'each line must be {"messages": [{"role", "content"}, ...]}, {"prompt": ...} or {"question": ...}; a last '
     'assistant message, "response" or "answer" is the right answer, and may be missing'
 )
-PATIENCE = 10  # how many draws in a row may bring nothing new, for each problem found: small kinds run out
 
 
 @dataclass(frozen=True)
@@ -64,17 +63,7 @@ def task_questions(count: int, kinds: Sequence[str], seed: int) -> list[Question
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise UserError(f"no such kind of task: {unknown[0]}", mend=f"choose from {', '.join(KINDS)}")
-    found: dict[tuple[str, str], Task] = {}
-    in_vain = 0
-    for task in generate("train", seed, kinds):
-        in_vain = in_vain + 1 if (task.kind, task.key) in found else 0
-        found.setdefault((task.kind, task.key), task)
-        if len(found) == count:
-            return [Question(task.chat()[:-1], task.answer) for task in found.values()]
-        if in_vain > PATIENCE * (len(found) + 100):
-            break
-    what = f"only {len(found)} different problems of {', '.join(kinds or KINDS)}, not {count}"
-    raise UserError(what, mend="ask for fewer, or for more kinds")
+    return [Question(task.chat()[:-1], task.answer) for task in distinct("train", seed, count, kinds)]
 
 
 def _question(row: Any) -> Question:

@@ -7,8 +7,10 @@ from itertools import islice
 
 import pytest
 
+from orin_kit.data import tasks
 from orin_kit.data.scoring import exact_match
 from orin_kit.data.tasks import KINDS, SPLITS, Task, distinct, generate, split_of
+from orin_kit.errors import UserError
 
 
 def test_six_kinds_in_turn() -> None:
@@ -98,3 +100,13 @@ def test_the_reference_response_scores(kind: str) -> None:
 )
 def test_exact_match(response: str, answer: str, right: bool) -> None:
     assert exact_match(response, answer) is right
+
+
+def test_more_problems_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "EXHAUSTED", 500)
+    few = {"few": lambda rng: Task("few", str(rng.randrange(40)), "q", "s", "a")}
+    monkeypatch.setattr(tasks, "KINDS", few)
+    there = len({str(n) for n in range(40) if tasks.split_of("few", str(n)) == "train"})
+    assert len(tasks.distinct("train", 0, there)) == there
+    with pytest.raises(UserError, match=f"{there + 1} different problems of few: there are about {there}"):
+        tasks.distinct("train", 0, there + 1)
