@@ -312,6 +312,28 @@ def chat(
     )
 
 
+@cli.command("inspect")
+@click.argument("directory", type=DIRECTORY)
+@click.option("--context", type=click.IntRange(1), help="Tokens before the one timed.  [default: at most 1024]")
+@click.option("--prompt-length", type=click.IntRange(1), help="Of the prompt timed.  [default: at most 128]")
+@click.option("--verify", is_flag=True, help="Compare every sha256 of the manifest.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@example("orin-kit inspect student-onnx", "orin-kit inspect student --context 4096 --prompt-length 512 --json")
+def inspect_directory(directory: Path, as_json: bool, **options: Any) -> None:
+    """Say what DIRECTORY is: sizes, bytes by kind, operators, cache, and the latency predicted on an Orin.
+
+    Any checkpoint or artifact; weights are not loaded. Files that contradict config.json are said.
+    """
+    from orin_kit.inspect.inspect import inspect as run
+    from orin_kit.inspect.report import print_inspection
+
+    found = run(directory, **options)
+    if as_json:
+        click.echo(found.model_dump_json(by_alias=True, indent=2))
+    else:
+        print_inspection(found)
+
+
 @cli.command()
 @click.option(
     "--out", "-o", type=DIRECTORY, default=Path("demo-out"), show_default=True, help="The directory to write."

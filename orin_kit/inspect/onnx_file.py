@@ -1,0 +1,212 @@
+"""What an ONNX file holds, without its weights and without the onnx package, which the device install lacks.
+
+The file is a protobuf message, mapped and walked: of a weight only its name, type, shape and place are looked at.
+https://github.com/onnx/onnx/blob/main/onnx/onnx.proto, https://protobuf.dev/programming-guides/encoding/
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orin_kit.errors import ArtifactError
+
+# TensorProto.DataType -> name as safetensors has it, bits a value; strings have no size of their own.
+DTYPES: dict[int, tuple[str, int]] = {
+    1: ("F32", 32), 2: ("U8", 8), 3: ("I8", 8), 4: ("U16", 16), 5: ("I16", 16), 6: ("I32", 32), 7: ("I64", 64),
+    8: ("STRING", 0), 9: ("BOOL", 8), 10: ("F16", 16), 11: ("F64", 64), 12: ("U32", 32), 13: ("U64", 64),
+    14: ("C64", 64), 15: ("C128", 128), 16: ("BF16", 16), 17: ("F8_E4M3", 8), 18: ("F8_E4M3UZ", 8), 19: ("F8_E5M2", 8),
+    20: ("F8_E5M2UZ", 8), 21: ("U4", 4), 22: ("I4", 4), 23: ("F4", 4), 24: ("F8_E8M0", 8), 25: ("U2", 2), 26: ("I2", 2),
+    27: ("F6_E2M3", 6), 28: ("F6_E3M2", 6),
+}  # fmt: skip
+VALUE_BYTES = {name: bits // 8 for name, bits in DTYPES.values()}
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+EXTERNAL = 1  # TensorProto.DataLocation
+MEND = "export it again, or copy it whole"
+
+Message = dict[int, list[Any]]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A graph's input or output; a dimension without a fixed size is its name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Initializer:
+    """A weight or constant.
+
+    Attributes:
+        bytes: of its data, wherever it lies.
+        file: the external file, "" when the data are in the model itself.
+        end: where the data end in that file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    file: str = ""
+    end: int = 0
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """A model: `ops` counts nodes by (domain, operator), those of subgraphs among them; "" is the standard domain."""
+
+    producer: str
+    ir_version: int
+    opsets: dict[str, int]
+    ops: Counter[tuple[str, str]] = field(default_factory=Counter)
+    inputs: tuple[Value, ...] = ()
+    outputs: tuple[Value, ...] = ()
+    initializers: tuple[Initializer, ...] = ()
+
+
+def read_onnx(path: str | Path) -> OnnxFile:
+    """Read a model file's structure.
+
+    Raises:
+        ArtifactError: it is missing, cut short or no ONNX model; a file with its weights is missing or short.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as stream:  # the map outlives its file, and goes when nothing looks at it any more
+            model = _read_model(memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"no {path.name} in {path.parent}", mend=MEND) from error
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = f"{path} is cut short or no ONNX model ({path.stat().st_size} bytes)"
+        raise ArtifactError(what, mend=MEND) from error
+    _check_external(path.parent, model)
+    return model
+
+
+def external_files(model: OnnxFile) -> dict[str, int]:
+    """The files that weights lie in -> the bytes they must have at least."""
+    needed: dict[str, int] = {}
+    for tensor in model.initializers:
+        if tensor.file:
+            needed[tensor.file] = max(needed.get(tensor.file, 0), tensor.end)
+    return needed
+
+
+def _check_external(directory: Path, model: OnnxFile) -> None:
+    for name, needed in external_files(model).items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ArtifactError(f"{directory}: weights lie outside of it, in {name}", mend=MEND)
+        if not (directory / name).is_file():
+            raise ArtifactError(f"{directory} lacks {name}, where weights lie", mend=MEND)
+        size = (directory / name).stat().st_size
+        if size < needed:
+            raise ArtifactError(f"{directory / name} is cut short: {size} bytes of {needed}", mend=MEND)
+
+
+def _read_model(view: memoryview) -> OnnxFile:
+    model = _message(view)
+    ir_version, graph = int(model[1][0]), _message(model[7][0])
+    initializers = tuple(_initializer(_message(tensor)) for tensor in graph.get(5, ()))
+    stored = {tensor.name for tensor in initializers}  # older files list them among the inputs
+    ops: Counter[tuple[str, str]] = Counter()
+    _count(graph, ops)
+    return OnnxFile(
+        producer=_text(model, 2),
+        ir_version=ir_version,
+        opsets={_text(opset, 1): int(opset.get(2, [0])[0]) for opset in map(_message, model.get(8, ()))},
+        ops=ops,
+        inputs=tuple(value for value in map(_value, graph.get(11, ())) if value.name not in stored),
+        outputs=tuple(map(_value, graph.get(12, ()))),
+        initializers=initializers,
+    )
+
+
+def _count(graph: Message, ops: Counter[tuple[str, str]]) -> None:
+    for node in map(_message, graph.get(1, ())):
+        ops["" if (domain := _text(node, 7)) == "ai.onnx" else domain, _text(node, 4)] += 1
+        for attribute in map(_message, node.get(5, ())):
+            for subgraph in attribute.get(6, []) + attribute.get(11, []):
+                _count(_message(subgraph), ops)
+
+
+def _value(view: memoryview) -> Value:
+    value = _message(view)
+    tensor = _message(_message(value[2][0])[1][0])
+    dims = [_message(dim) for dim in _message(tensor[2][0]).get(1, ())] if 2 in tensor else []
+    shape = tuple(int(dim[1][0]) if 1 in dim else _text(dim, 2) or "?" for dim in dims)
+    return Value(_text(value, 1), DTYPES[tensor[1][0]][0], shape)
+
+
+def _initializer(tensor: Message) -> Initializer:
+    shape = tuple(_integers(tensor.get(1, ())))
+    dtype, bits = DTYPES[tensor[2][0]]
+    size = -(-math.prod(shape) * bits // 8)
+    name = _text(tensor, 8)
+    if tensor.get(14, [0])[0] != EXTERNAL:
+        if 9 in tensor and len(tensor[9][0]) != size:
+            raise ValueError(f"{name} has {len(tensor[9][0])} bytes, its shape says {size}")
+        return Initializer(name, dtype, shape, size)
+    where = {_text(entry, 1): _text(entry, 2) for entry in map(_message, tensor.get(13, ()))}
+    if int(where.get("length", size)) != size:
+        raise ValueError(f"{name} has {where['length']} bytes, its shape says {size}")
+    return Initializer(name, dtype, shape, size, where["location"], int(where.get("offset", 0)) + size)
+
+
+def _text(message: Message, number: int) -> str:
+    return str(message[number][-1], "utf-8") if number in message else ""
+
+
+def _integers(values: Any) -> Iterator[int]:
+    """Repeated integers, packed or not."""
+    for value in values:
+        if isinstance(value, int):
+            yield value
+            continue
+        at = 0
+        while at < len(value):
+            number, at = _varint(value, at)
+            yield number
+
+
+def _message(view: memoryview) -> Message:
+    """A message's fields by number, in order; texts, bytes and messages as views."""
+    fields: Message = {}
+    at = 0
+    while at < len(view):
+        tag, at = _varint(view, at)
+        number, wire = tag >> 3, tag & 7
+        value: Any
+        if wire == VARINT:
+            value, at = _varint(view, at)
+        else:
+            size = {FIXED64: 8, FIXED32: 4}.get(wire, 0)
+            if wire == BYTES:
+                size, at = _varint(view, at)
+            elif not size:
+                raise ValueError(f"wire type {wire}")
+            value, at = view[at : at + size], at + size
+        if at > len(view) or not number:
+            raise ValueError("a field reaches over the end")
+        fields.setdefault(number, []).append(value)
+    return fields
+
+
+def _varint(view: memoryview, at: int) -> tuple[int, int]:
+    """The number at a place, and where the next thing is."""
+    number = shift = 0
+    while True:
+        byte = view[at]
+        number |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return number, at
+        if shift > 63:
+            raise ValueError("a number is too long")
