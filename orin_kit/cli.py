@@ -129,7 +129,6 @@ def cache(recipe: Path, out: Path, overrides: tuple[str, ...], k: int, overwrite
     from orin_kit.distill.cache import cache as run
 
     run(Recipe.load(recipe, overrides=list(overrides)), out, k=k, overwrite=overwrite)
-    click.echo(f"wrote {out}")
 
 
 @cli.command()
@@ -384,7 +383,7 @@ def explain(error: Exception) -> tuple[str, int]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return f"no permission{where}: choose a place of yours or change its permissions", EXIT_USER
         return f"{error.strerror or error}{where}: {ISSUES}", EXIT_INTERNAL
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is torch's, of GPUs
         return "out of memory: use a smaller batch, a shorter context or a smaller model", EXIT_INTERNAL
     return f"{type(error).__name__}: {' '.join(str(error).split())}: {ISSUES}", EXIT_INTERNAL
 

@@ -29,7 +29,10 @@ FORMAT = 1
 ONNX_MODEL, ONNX_DATA = "model.onnx", "model.onnx.data"  # the graph of an `onnx` artifact, and its weights
 KINDS = ("model", "int4", "onnx", "engine", "profile", "demo", "logits", "traces")
 # What identifies a model directory that somebody else made.
-INPUT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "*.onnx", "*.onnx.data")
+INPUT_PATTERNS = (
+    "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+    "chat_template.jinja", "*.onnx", "*.onnx.data",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

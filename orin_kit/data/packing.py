@@ -73,6 +73,12 @@ def tokenize_chat(tokenizer: ChatTokenizer, chat: Chat) -> Example:
     return Example(ids, trained)
 
 
+def cut(examples: Iterable[Example], length: int) -> Iterator[Example]:
+    """Examples in rows of their own, of at most `length` tokens."""
+    for example in examples:
+        yield from pack([example], length)
+
+
 def pack(examples: Iterable[Example], length: int) -> Iterator[Example]:
     """Join examples in order into rows of at most `length` tokens; an example longer than a row is cut at its end."""
     ids: list[int] = []

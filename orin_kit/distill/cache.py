@@ -76,6 +76,7 @@ def cache(
     if accelerator.num_processes > 1:
         raise UserError("orin-kit cache runs in one process", mend="start it without accelerate launch")
     pair = load_pair(recipe)
+    assert pair.teacher is not None  # no stored logits stand in for it
     at = sorted(set(temperatures or default_temperatures(recipe.stages.task.temperature)))
     settings = _settings(recipe, pair, k, at)
     inputs = {role: path for role, path in recipe_inputs(recipe).items() if role != "student"}
@@ -115,7 +116,8 @@ def _settings(recipe: Recipe, pair: Pair, k: int, temperatures: Sequence[float])
 
 def _rows(recipe: Recipe, pair: Pair, answers: Path, *, progress: bool) -> list[Example]:
     """The rows that training will ask about, each once."""
-    data = load_dataset(recipe, pair.tokenizer, answered(recipe, pair, answers, progress=progress))
+    chats = answered(recipe, pair, answers, progress=progress)
+    data = load_dataset(recipe, pair.tokenizer, chats, answers.with_name("translations.jsonl"))
     rows = [*data.train, *(data.general.rehearsed if data.general else [])]
     return list({row_key(row): row for row in rows}.values())
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from rich.console import Console
 
+from orin_kit.distill.accelerate_setup import make_accelerator
+from orin_kit.distill.continual import continued
 from orin_kit.distill.recipe import Recipe
 from orin_kit.distill.report import compare_summary, compare_table
 from orin_kit.distill.run import Scores, distill, run_identity
-from orin_kit.errors import ArtifactError
+from orin_kit.errors import ArtifactError, UserError
 from orin_kit.manifest import MANIFEST, made_by, read_manifest
 
 ROLES = ("plain", "distilled")
@@ -43,7 +45,9 @@ def compare(
     Raises:
         As `distill`.
     """
-    out = Path(out)
+    out, recipe = Path(out), continued(recipe)
+    if make_accelerator(recipe.precision).num_processes > 1:
+        raise UserError("--compare runs in one process", mend="start it without accelerate launch")
     known: Scores = {}
     runs = []
     for number in range(seeds):
@@ -75,12 +79,17 @@ def compare(
     return result
 
 
+def _scored_alike(one: Recipe, other: Recipe) -> bool:
+    return all(getattr(one, name) == getattr(other, name) for name in ("test_items", "watched_items", "max_new_tokens"))
+
+
 def finished_or_run(recipe: Recipe, out: Path, known: Scores, *, overwrite: bool, progress: bool) -> dict[str, Any]:
     """The report of `out` when it is this very run's, complete; else of running it."""
     if (out / MANIFEST).is_file():
         try:
             manifest = read_manifest(out, "model")
-            if manifest.settings.get("run") == run_identity(recipe):
+            same_run = manifest.settings.get("run") == run_identity(recipe)
+            if same_run and _scored_alike(Recipe.parse(manifest.settings["recipe"]), recipe):
                 known.update({n: s for n, s in manifest.results["models"].items() if n != "student"})
                 return manifest.results
         except ArtifactError:

@@ -12,7 +12,8 @@ import torch
 
 from orin_kit.data.augment import Change, Rates, augment
 from orin_kit.data.chat import Chat, read_chats
-from orin_kit.data.packing import IGNORE, Example, collate, pack, tokenize_chat
+from orin_kit.data.packing import IGNORE, Example, collate, cut, pack, tokenize_chat
+from orin_kit.data.questions import read_questions
 from orin_kit.data.scoring import final_answer
 from orin_kit.data.tasks import Task, distinct
 from orin_kit.distill.recipe import General as GeneralSection
@@ -68,7 +69,9 @@ def load_questions(recipe: Recipe) -> list[Chat]:
     if questions is None:
         return []
     if questions.chats is not None:
-        return list(dict.fromkeys(_from_chat(chat).prompt for chat in read_chats(questions.chats)))
+        prompts = dict.fromkeys(question.prompt for question in read_questions(questions.chats))
+        held = _held_out(recipe)
+        return [prompt for prompt in prompts if prompt not in held]
     assert tasks is not None
     assert questions.tasks is not None
     seed = recipe.seed if tasks.seed is None else tasks.seed
@@ -94,6 +97,8 @@ def load_dataset(
     train, watched, test = _split(
         data.tasks, data.chats, data.held_out, recipe.seed, items=recipe.watched_items, questions=recipe.test_items
     )
+    held = _held_out(recipe)  # of the general set as well, and the other way round
+    train = [chat for chat in train if _from_chat(chat).prompt not in held]
     copies, changes = _changed_copies(recipe, train, translations)
     length, packing = data.row_length, data.packing
     rows = [_rows(tokenizer, part, length, packing) for part in ([*train, *answered, *copies], watched)]
@@ -103,6 +108,9 @@ def load_dataset(
     if recipe.stages.task.on_policy:
         asked = dict.fromkeys(_from_chat(chat).prompt for chat in [*train, *answered])
         prompts = [ids for ids in (tokenizer.encode_chat(prompt, reply=True) for prompt in asked) if len(ids) < length]
+        if not prompts:
+            what = f"stages.task.on_policy: no question leaves room for a reply in rows of {length} tokens"
+            raise UserError(what, mend="raise data.row_length")
     general = None if data.general is None else _general(data.general, recipe, tokenizer)
     return Dataset(rows[0], rows[1], test, general, prompts, changes)
 
@@ -111,9 +119,24 @@ def _general(section: GeneralSection, recipe: Recipe, tokenizer: ChatTokenizer) 
     train, watched, test = _split(
         section.tasks, section.chats, section.held_out, recipe.seed, items=section.items, questions=section.items
     )
-    length, packing = recipe.data.row_length, recipe.data.packing
+    length, packing, held = recipe.data.row_length, recipe.data.packing, _held_out(recipe)
+    train = [chat for chat in train if _from_chat(chat).prompt not in held]
     rehearsed = _rows(tokenizer, train, length, packing) if section.rehearsal else []
-    return General(rehearsed, _rows(tokenizer, watched, length, packing), test)
+    seen = _rows(tokenizer, watched, length, packing)
+    for part in ([rehearsed] if section.rehearsal else []) + [seen]:
+        if not any(any(row.trained[1:]) for row in part):
+            raise UserError("data.general: no assistant token fits into data.row_length", mend="raise data.row_length")
+    return General(rehearsed, seen, test)
+
+
+def _held_out(recipe: Recipe) -> set[Chat]:
+    """Prompts of the chats that are watched or tested; tasks keep theirs apart by themselves."""
+    held: set[Chat] = set()
+    for section in (recipe.data, recipe.data.general):
+        if section is not None and section.chats is not None:
+            _, watched, test = split_chats(read_chats(section.chats), section.held_out)
+            held |= {_from_chat(chat).prompt for chat in [*watched, *test]}
+    return held
 
 
 def _split(
@@ -148,18 +171,23 @@ def _changed_copies(
 
 
 def split_chats(chats: Sequence[Chat], held_out: float) -> tuple[list[Chat], list[Chat], list[Chat]]:
-    """Chats without duplicates, in a fixed random order: to train on, to watch, to test.
+    """Chats without duplicates, in a fixed random order: to train on, to watch, to test; a prompt is in one part alone.
 
     Raises:
-        UserError: there are fewer than three.
+        UserError: there are fewer than three different prompts.
     """
-    distinct_chats = list(dict.fromkeys(chats))
-    if len(distinct_chats) < 3:
+    by_prompt: dict[Chat, dict[Chat, None]] = {}
+    for chat in chats:
+        by_prompt.setdefault(_from_chat(chat).prompt, {})[chat] = None
+    groups = [list(group) for group in by_prompt.values()]
+    if len(groups) < 3:
         raise UserError("data.chats: fewer than three different chats", mend="bring more: some are held out")
-    random.Random(0).shuffle(distinct_chats)
-    half = max(1, round(len(distinct_chats) * held_out / 2))
-    half = min(half, (len(distinct_chats) - 1) // 2)
-    return distinct_chats[2 * half :], distinct_chats[:half], distinct_chats[half : 2 * half]
+    random.Random(0).shuffle(groups)
+    half = max(1, round(len(groups) * held_out / 2))
+    half = min(half, (len(groups) - 1) // 2)
+    parts = groups[2 * half :], groups[:half], groups[half : 2 * half]
+    train, watched, test = ([chat for group in part for chat in group] for part in parts)
+    return train, watched, test
 
 
 def _from_task(task: Task) -> Question:
@@ -173,9 +201,7 @@ def _from_chat(chat: Chat) -> Question:
 
 def _rows(tokenizer: ChatTokenizer, chats: Iterable[Chat], length: int, packing: bool) -> list[Example]:
     examples = (tokenize_chat(tokenizer, chat) for chat in chats)
-    if packing:
-        return list(pack(examples, length))
-    return [row for example in examples for row in pack([example], length)]
+    return list(pack(examples, length) if packing else cut(examples, length))
 
 
 class Rows:

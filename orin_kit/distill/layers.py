@@ -49,14 +49,17 @@ def proportional(layers: Sequence[int], depth: int, teacher_depth: int) -> tuple
     return tuple(max(0, round((layer + 1) * teacher_depth / depth) - 1) for layer in layers)
 
 
-def search_layers(similarity: Tensor) -> tuple[int, ...]:
+def search_layers(similarity: Tensor, layers: Sequence[int]) -> tuple[int, ...]:
     """For each student layer (row) a teacher layer (column), so that the similarities' sum is the largest.
 
     A deeper layer of the student is never matched with an earlier one of the teacher; both may share one.
 
     Args:
-        similarity: `[student layers, teacher layers]`, student layers in rising depth.
+        similarity: `[student layers, teacher layers]`.
+        layers: which layer of the student each row is.
     """
+    rising = sorted(range(len(layers)), key=lambda row: layers[row])
+    similarity = similarity[rising]
     rows, columns = similarity.shape
     best = torch.zeros(rows, columns, dtype=torch.float64)  # of the rows so far, the last one at this column or before
     choice = torch.zeros(rows, columns, dtype=torch.int64)
@@ -68,7 +71,8 @@ def search_layers(similarity: Tensor) -> tuple[int, ...]:
     for row in reversed(range(rows)):
         column = int(choice[row, column])
         matched.append(column)
-    return tuple(reversed(matched))
+    found = dict(zip(rising, reversed(matched), strict=True))
+    return tuple(found[row] for row in range(rows))
 
 
 def layer_similarity(pairs: Iterable[tuple[Signal, Signal, Tensor]]) -> Tensor:

@@ -16,6 +16,7 @@ from orin_kit.models.spec import read_spec
 from orin_kit.models.weights import WeightSource, has_weights
 from orin_kit.tokenizer import ChatTokenizer
 
+ANSWERS = "answers.jsonl"  # of the teacher, in artifacts
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -24,14 +25,14 @@ class Pair:
     """Two models and their tokenizers.
 
     Attributes:
-        teacher: frozen, in the recipe's precision.
+        teacher: frozen, in the recipe's precision; None where its stored logits do.
         student: fp32 weights; a lower precision is autocast's work.
         tokenizer: the student's.
         teacher_tokenizer: the teacher's; another one only where the teacher does nothing but answer questions.
         tokenizer_directory: where the tokenizer's files lie: the student's, or the teacher's when it has none.
     """
 
-    teacher: PreTrainedModel
+    teacher: PreTrainedModel | None
     student: PreTrainedModel
     tokenizer: ChatTokenizer
     teacher_tokenizer: ChatTokenizer
@@ -47,6 +48,9 @@ def load_pair(recipe: Recipe) -> Pair:
         UserError: the tokenizers differ and are not bridged, or have more tokens than a model's vocabulary.
     """
     student, teacher = recipe.student, recipe.teacher or recipe.student
+    stored = recipe.teacher_logits
+    if stored and (recipe.data.questions is None or (stored / ANSWERS).is_file()):
+        return _load_student(recipe, student if (student / "tokenizer.json").is_file() else teacher)
     if recipe.teacher is None and not has_weights(student):
         what = f"teacher: null makes the student its own teacher, but {student} has no weights"
         raise UserError(what, mend="name a teacher, or a student that has learned something")
@@ -64,20 +68,32 @@ def load_pair(recipe: Recipe) -> Pair:
     return Pair(*models, tokenizers["student"], tokenizers["teacher"], source)
 
 
-def check_student(recipe: Recipe) -> None:
-    """Say what a student without attention cannot do.
+def _load_student(recipe: Recipe, source: Path) -> Pair:
+    """The student alone, with the tokenizer in `source`."""
+    tokenizer, size = ChatTokenizer(source), read_spec(recipe.student).vocab_size
+    if len(tokenizer) > size:
+        what = f"the student's tokenizer has {len(tokenizer)} tokens, its vocabulary only {size}"
+        raise UserError(what, mend="use the tokenizer the model was trained with")
+    born = None if has_weights(recipe.student) else recipe.seed
+    return Pair(None, load_model(recipe.student, seed=born), tokenizer, tokenizer, source)
+
+
+def check_convolutions(recipe: Recipe) -> None:
+    """Say what a model without attention cannot do.
 
     Raises:
         UserError: the recipe asks it to.
     """
-    if read_spec(recipe.student).layout.mixer == "attention":
-        return
-    if recipe.stages.attention is not None and recipe.stages.attention.steps:
-        what = f"stages.attention: {recipe.student} is a convolutional student, it has no attention"
-        raise UserError(what, mend="set stages.attention: null")
-    if recipe.data.packing:
-        what = f"data.packing: the convolutions of {recipe.student} would see the chat before in its row"
-        raise UserError(what, mend="set data.packing: false")
+    models = [recipe.student] if recipe.teacher_logits else [recipe.teacher or recipe.student, recipe.student]
+    for model in models:
+        if read_spec(model).layout.mixer == "attention":
+            continue
+        if recipe.stages.attention is not None and recipe.stages.attention.steps:
+            what = f"stages.attention: {model} is a convolutional model, it has no attention"
+            raise UserError(what, mend="set stages.attention: null")
+        if recipe.data.packing:
+            what = f"data.packing: the convolutions of {model} would see the chat before in its row"
+            raise UserError(what, mend="set data.packing: false")
 
 
 def load_model(directory: Path, dtype: torch.dtype = torch.float32, seed: int | None = None) -> PreTrainedModel:

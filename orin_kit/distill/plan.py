@@ -122,11 +122,13 @@ class _UnmeasuredStages(StageBuilder):
         super().__init__(recipe, pair, *nothing, first=False)
 
     def layers(self, stage: Aligned, field: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        assert self.pair.teacher is not None
         depth, teacher_depth = (m.config.num_hidden_layers for m in (self.pair.student, self.pair.teacher))
         layers = choose_layers(stage.layers, depth, f"{field}.layers")
         return layers, match_layers(stage, field, layers, depth, teacher_depth)
 
     def heads(self, stage: Attention, layers: tuple[int, ...]) -> list[LayerHeads]:
+        assert self.pair.teacher is not None
         alike = [0.0] * self.pair.teacher.config.num_attention_heads
         kept = keep_heads(alike, stage.keep_heads, stage.prefer)
         return [LayerHeads(layer, alike, kept) for layer in sorted(set(layers))]

@@ -21,6 +21,12 @@ NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Layers = tuple[CountOrZero, ...]
+# Fields that do not decide a run's weights. What lies at a path does, and is hashed by whoever knows how.
+UNDECISIVE: Any = {
+    "teacher": True, "teacher_logits": True, "student": True, "continue_from": True, "plain": True, "test_items": True,
+    "checkpoint_every": True, "log_every": True, "evaluation_batch": True,
+    "data": {"chats": True, "questions": {"chats"}, "general": {"chats"}, "back_translation": {"there", "back"}},
+}  # fmt: skip
 
 
 class Section(BaseModel):
@@ -350,7 +356,7 @@ class Recipe(Section):
                 raise ValueError(f"stages.{name} needs the live teacher: {why}; set stages.{name}: null")
             if task.on_policy:
                 raise ValueError(f"stages.task.on_policy needs the live teacher: {why}")
-        if self.bridge == "sequences" and (compared or self.teacher_logits or not self.data.questions):
+        if self.bridge == "sequences" and (compared or self.teacher_logits):
             raise ValueError(
                 "bridge: sequences needs data.questions for the teacher to answer, teacher_weight: {start: 0, every: 0}"
                 " and no teacher_logits"
@@ -383,7 +389,9 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        """Hash of what decides the weights: neither what is logged, kept and scored, nor where things lie."""
+        told = self.model_dump(mode="json", exclude=UNDECISIVE)
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def with_seed(self, seed: int) -> Recipe:
         return self.model_copy(update={"seed": seed})
@@ -395,13 +403,18 @@ class Recipe(Section):
         task = Task(steps=self.total_steps, teacher_weight=constant, lora=None, **rate)
         stages = Stages(features=None, attention=None, task=task)
         data = self.data.model_copy(update={"questions": None})  # there is nobody to answer them
-        return self.model_copy(update={"stages": stages, "data": data, "bridge": "none", "teacher_logits": None})
+        return self.model_copy(update={"stages": stages, "data": data, "teacher_logits": None})
 
     @property
     def with_teacher(self) -> bool:
         """Whether the task loss has a teacher in it: a weight that stays 0 is the plain student of a comparison."""
         weight = self.stages.task.teacher_weight
         return weight.start > 0 or weight.every > 0
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether training reads anything of the teacher."""
+        return self.with_teacher or any(name != "task" for name, _ in self.running_stages())
 
     def running_stages(self) -> list[tuple[str, Stage]]:
         """The stages that have steps, in order, by name."""

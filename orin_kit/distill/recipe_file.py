@@ -40,7 +40,8 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for keys in PATHS:
         _resolve(fields, keys, path.absolute().parent)
     for override in overrides:
-        _apply(fields, override)
+        changed = _apply(fields, override)
+        lines = {field: line for field, line in lines.items() if field[: len(changed)] != changed}
     for keys in PATHS:
         _resolve(fields, keys, Path.cwd())
     return parse(fields, str(path), lines)
@@ -64,6 +65,19 @@ def parse(
     except ValidationError as error:
         faults = [_fault(dict(fault), lines or {}) for fault in error.errors()]
         raise UserError(f"{source}: {'; '.join(faults)}", mend="mend the recipe or the --set option") from error
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe for another place: relative paths are what they are from here."""
+    fields = recipe.model_dump()
+    for keys in PATHS:
+        *parents, last = keys
+        place: Any = fields
+        for parent in parents:
+            place = place.get(parent) if isinstance(place, dict) else None
+        if isinstance(place, dict) and isinstance(place.get(last), Path):
+            place[last] = place[last].absolute()
+    return Recipe.model_validate(fields)
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
@@ -97,8 +111,8 @@ def _lines(node: yaml.Node | None, path: tuple[str, ...] = ()) -> dict[tuple[str
     return found
 
 
-def _apply(fields: dict[str, Any], override: str) -> None:
-    """Set one `a.b.c=value`; the value is YAML."""
+def _apply(fields: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Set one `a.b.c=value`, the value being YAML; returns the field's path."""
     key, equals, value = override.partition("=")
     if not equals or not all(key.strip().split(".")):
         raise UserError(f"override {override!r} is not key=value", mend="as in stages.features.steps=20")
@@ -112,6 +126,7 @@ def _apply(fields: dict[str, Any], override: str) -> None:
         place[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r} has a value that is not YAML", mend="quote it") from error
+    return (*parents, last)
 
 
 def _resolve(fields: dict[str, Any], keys: tuple[str, ...], base: Path) -> None:

@@ -62,7 +62,8 @@ def report_table(report: Mapping[str, Any]) -> Table:
     for kind in next(iter(models.values()))["accuracy"]:
         table.add_row(kind, *(f"{100 * score['accuracy'][kind]:.1f} %" for score in models.values()))
     table.add_section()
-    table.add_row("held-out loss", *(f"{score['held_out_loss']:.4f}" for score in models.values()))
+    losses = (score.get("held_out_loss") for score in models.values())
+    table.add_row("held-out loss", *("" if loss is None else f"{loss:.4f}" for loss in losses))
     if "general_loss" in models["student"]:
         of_general = [score.get("general_loss") for score in models.values()]
         table.add_row("general loss", *("" if loss is None else f"{loss:.4f}" for loss in of_general))

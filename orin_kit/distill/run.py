@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import DistributedType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
@@ -21,17 +23,18 @@ from orin_kit.distill.answers import teacher_answers
 from orin_kit.distill.checkpoint import EVENTS, HEADS, LAYERS, LOG, CheckpointStore
 from orin_kit.distill.continual import continued
 from orin_kit.distill.dataset import Dataset, load_dataset, load_questions
-from orin_kit.distill.pair import Pair, check_student, load_model, load_pair
+from orin_kit.distill.pair import ANSWERS, Pair, check_convolutions, load_model, load_pair
 from orin_kit.distill.recipe import Recipe
+from orin_kit.distill.recipe_file import with_absolute_paths
 from orin_kit.distill.report import build_report, report_table
 from orin_kit.distill.report_html import write_html
+from orin_kit.distill.stage_setup import check_stages
 from orin_kit.distill.trainer import Trainer
 from orin_kit.errors import UserError
 from orin_kit.manifest import check_free, sha256_input, write_artifact
 from orin_kit.models.weights import has_weights
 from orin_kit.tokenizer import ChatTokenizer, copy_tokenizer
 
-ANSWERS = "answers.jsonl"
 Scores = MutableMapping[str, dict[str, Any]]
 
 
@@ -70,13 +73,21 @@ def distill(
     check_free(out, overwrite=overwrite)
     if not recipe.total_steps:
         raise UserError("stages: no stage has steps", mend="give at least one stage some steps")
-    check_student(recipe)
-    pair = load_pair(recipe)
-    first = make_accelerator(recipe.precision).is_main_process
+    check_convolutions(recipe)
+    accelerator = make_accelerator(recipe.precision)
+    if recipe.stages.task.on_policy and accelerator.distributed_type == DistributedType.FSDP:
+        mend = "start accelerate launch without --use_fsdp"
+        raise UserError("stages.task.on_policy: a sharded student cannot generate", mend=mend)
+    first = accelerator.is_main_process
     progress = progress and first
-    store = CheckpointStore(out, run_identity(recipe))
-    chats = answered(recipe, pair, store.answers, progress=progress)
-    data = load_dataset(recipe, pair.tokenizer, chats, store.translations)
+    store = open_store(recipe, out)
+    if not overwrite:
+        store.check()
+    pair = load_pair(recipe)
+    check_stages(recipe, pair)
+    with accelerator.main_process_first():  # the others find what it has kept
+        chats = answered(recipe, pair, store.answers, progress=progress)
+        data = load_dataset(recipe, pair.tokenizer, chats, store.translations)
     trainer = Trainer(recipe, pair, data, store)
     with progress_bar(progress) as bar:
         task = bar.add_task("distill", total=recipe.total_steps)
@@ -89,6 +100,9 @@ def distill(
         trainer.accelerator.wait_for_everyone()
         return {}
     pair.student.half().float()  # scored as it is shipped
+    if not all(bool(p.isfinite().all()) for p in pair.student.parameters()):
+        what = f"weights of the student are beyond fp16's range, {torch.finfo(torch.float16).max:g}"
+        raise UserError(what, mend="train with a lower learning rate or more weight decay, with --overwrite")
     scores = _scores(recipe, pair, data, progress, {} if known_scores is None else known_scores)
     report = build_report(scores, store.log, seed=recipe.seed, seconds=seconds, items=len(data.test))
     _write(recipe, out, pair, data, store, report, overwrite=overwrite)
@@ -101,18 +115,34 @@ def distill(
     return report
 
 
+def open_store(recipe: Recipe, out: Path) -> CheckpointStore:
+    """Where a run into `out` keeps its state, named by all that decides it."""
+    asked = recipe.model_dump(mode="json", include={"data": {"tasks", "questions"}, "seed": True, "precision": True})
+    told = [asked, recipe.max_new_tokens, _contents(recipe, ("teacher", "questions"))]
+    answers = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return CheckpointStore(out, run_identity(recipe), answers)
+
+
 def run_identity(recipe: Recipe) -> str:
-    """Hash of all that decides a run's result: the recipe, and the content of the models and data it names."""
-    digest = hashlib.sha256(recipe.sha256().encode())
-    for path in recipe_inputs(recipe).values():
-        digest.update(sha256_input(path).encode())
-    return digest.hexdigest()
+    """Hash of all that decides a run's weights: the recipe, and the content of the models and data it names."""
+    told = [recipe.sha256(), _contents(recipe, tuple(recipe_inputs(recipe)))]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _contents(recipe: Recipe, roles: Sequence[str]) -> dict[str, str]:
+    return {role: sha256_input(path) for role, path in recipe_inputs(recipe).items() if role in roles}
 
 
 def score(
-    model: PreTrainedModel, tokenizer: ChatTokenizer, data: Dataset, recipe: Recipe, progress: bool
+    model: PreTrainedModel,
+    tokenizer: ChatTokenizer,
+    data: Dataset,
+    recipe: Recipe,
+    progress: bool,
+    *,
+    losses: bool = True,
 ) -> dict[str, Any]:
-    """Parameters, exact match by kind of question (`accuracy`), and `held_out_loss` in nats a token.
+    """Parameters, exact match by kind of question (`accuracy`), and with `losses` `held_out_loss` in nats a token.
 
     With a general set, `general_accuracy` and `general_loss` as well.
     """
@@ -126,36 +156,36 @@ def score(
                 model, tokenizer, questions, max_new_tokens=recipe.max_new_tokens, batch_size=recipe.evaluation_batch,
                 advance=lambda count: bar.advance(task, count),
             )  # fmt: skip
+    if not losses:
+        return found
     return found | {name: held_out_loss(model, rows, recipe.batch_size) for name, rows in watched.items()}
 
 
 def answered(recipe: Recipe, pair: Pair, path: Path, *, progress: bool) -> list[Chat]:
-    """The recipe's questions with the teacher's replies, kept in `path`; of several processes the first one asks."""
+    """The recipe's questions with the teacher's replies, kept in `path`."""
     prompts = load_questions(recipe)
     if not prompts:
         return []
     if recipe.teacher_logits and (recipe.teacher_logits / ANSWERS).is_file():
         return read_chats(recipe.teacher_logits / ANSWERS)  # the rows whose logits were stored
-    accelerator = make_accelerator(recipe.precision)
-    if not accelerator.is_main_process:
-        accelerator.wait_for_everyone()
-        return read_chats(path)
+    device = make_accelerator(recipe.precision).device
+    assert pair.teacher is not None
     with progress_bar(progress) as bar:
         task = bar.add_task("the teacher answers", total=len(prompts))
-        chats = teacher_answers(
-            pair.teacher.to(accelerator.device), pair.teacher_tokenizer, prompts, path,
+        return teacher_answers(
+            pair.teacher.to(device), pair.teacher_tokenizer, prompts, path,
             max_new_tokens=recipe.max_new_tokens, batch_size=recipe.evaluation_batch,
             advance=lambda count: bar.advance(task, count),
         )  # fmt: skip
-    accelerator.wait_for_everyone()
-    return chats
 
 
 def _scores(recipe: Recipe, pair: Pair, data: Dataset, progress: bool, known: Scores) -> dict[str, dict[str, Any]]:
     """Teacher (unless it is the student before), the student as it was (when it had learned anything), and as it is."""
     device = make_accelerator(recipe.precision).device
-    if "teacher" not in known and recipe.teacher is not None:
-        known["teacher"] = score(pair.teacher.to(device), pair.teacher_tokenizer, data, recipe, progress)
+    if "teacher" not in known and recipe.teacher is not None and pair.teacher is not None:
+        rows = recipe.bridge == "none"  # they are of the student's tokens
+        teacher = pair.teacher.to(device)
+        known["teacher"] = score(teacher, pair.teacher_tokenizer, data, recipe, progress, losses=rows)
     if "start" not in known and has_weights(recipe.student):
         before = load_model(recipe.student).to(device)
         known["start"] = score(before, pair.tokenizer, data, recipe, progress)
@@ -177,7 +207,7 @@ def _write(
         folder = artifact.directory
         pair.student.half().save_pretrained(folder, safe_serialization=True)
         copy_tokenizer(pair.tokenizer_directory, folder)
-        (folder / "recipe.yaml").write_text(recipe.to_yaml(), "utf-8")
+        (folder / "recipe.yaml").write_text(with_absolute_paths(recipe).to_yaml(), "utf-8")
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
         files = {LOG: store.log, HEADS: store.heads, LAYERS: store.layers, ANSWERS: store.answers}
         for name, file in files.items():
@@ -194,7 +224,7 @@ def recipe_inputs(recipe: Recipe) -> dict[str, Path]:
     """Everything on disk that decides a run's result, by role."""
     data = recipe.data
     named = {
-        "teacher": recipe.teacher or recipe.student,
+        "teacher": None if recipe.teacher_logits else recipe.teacher or recipe.student,
         "student": recipe.student,
         "teacher_logits": recipe.teacher_logits,
         "chats": data.chats,

@@ -95,6 +95,7 @@ def stage_plan(recipe: Recipe, name: str, stage: Stage, builder: StageBuilder) -
     """
     with torch.device("meta"):
         module = builder.build(stage).train()
+    assert builder.pair.teacher is not None
     teacher, student, dtype = builder.pair.teacher, builder.pair.student, DTYPES[recipe.precision]
     trained = {key: p for key, p in module.named_parameters() if p.requires_grad}
     held = [*module.parameters(), *module.buffers()]

@@ -14,7 +14,23 @@ from orin_kit.distill.layers import choose_layers, layer_similarity, match_layer
 from orin_kit.distill.pair import Pair
 from orin_kit.distill.recipe import Aligned, Attention, Features, Recipe, Stage, Task
 from orin_kit.distill.signals import Signal, Teacher, Wants, read_signal
-from orin_kit.distill.stages import AttentionStage, FeatureStage, RelationStage, StageModule, TaskStage
+from orin_kit.distill.stages import AttentionStage, FeatureStage, RelationStage, StageModule, TaskStage, check_task
+
+
+def check_stages(recipe: Recipe, pair: Pair) -> None:
+    """Say what does not fit the models before anything is trained, not when a stage's turn comes.
+
+    Raises:
+        UserError: layers, exits or modules are named that the models do not have.
+    """
+    depth = pair.student.config.num_hidden_layers
+    for name, stage in recipe.running_stages():
+        field = f"stages.{name}"
+        if isinstance(stage, Task):
+            check_task(pair.student, stage)
+        elif isinstance(stage, Aligned) and pair.teacher is not None:
+            layers = choose_layers(stage.layers, depth, f"{field}.layers")
+            match_layers(stage, field, layers, depth, pair.teacher.config.num_hidden_layers)
 
 
 class StageBuilder:
@@ -37,6 +53,9 @@ class StageBuilder:
         """
         student, task = self.pair.student, self.recipe.stages.task
         options = {"with_teacher": self.recipe.with_teacher, "vocab_size": len(self.pair.tokenizer)}
+        if isinstance(stage, Task):
+            return TaskStage(student, stage, **options)
+        assert self.pair.teacher is not None
         teacher = self.pair.teacher.config
         if isinstance(stage, Features):
             layers, matched = self.layers(stage, "stages.features")
@@ -46,11 +65,11 @@ class StageBuilder:
             if stage.mode == "relations":
                 return RelationStage(student, stage, task, layers, matched, teacher, **options)
             return AttentionStage(student, stage, task, layers, matched, self.heads(stage, matched), **options)
-        assert isinstance(stage, Task)
-        return TaskStage(student, stage, **options)
+        raise TypeError(f"{stage} is no stage")
 
     def layers(self, stage: Aligned, field: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The student's layers of a stage, and the teacher's they are compared with."""
+        assert self.pair.teacher is not None
         depth, teacher_depth = (m.config.num_hidden_layers for m in (self.pair.student, self.pair.teacher))
         layers = choose_layers(stage.layers, depth, f"{field}.layers")
         if stage.teacher_layers != "cka":
@@ -58,7 +77,7 @@ class StageBuilder:
         known = self.store.read_layers()
         if field not in known:
             similarity = layer_similarity(self._hidden(layers, teacher_depth, stage.calibration_batches))
-            matched = search_layers(similarity)
+            matched = search_layers(similarity, layers)
             known[field] = {
                 "student": list(layers),
                 "teacher": list(matched),

@@ -234,11 +234,8 @@ class TaskStage(StageModule):
     on_policy = True
 
     def __init__(self, student: PreTrainedModel, stage: Task, **options: Any) -> None:
+        check_task(student, stage)
         exits = stage.exits.layers if stage.exits else ()
-        depth = student.config.num_hidden_layers
-        if any(layer >= depth - 1 for layer in exits):
-            what = f"stages.task.exits.layers: {list(exits)} of a student with layers 0 to {depth - 1}"
-            raise UserError(what, mend=f"name layers from 0 to {depth - 2}: the last one is their teacher")
         super().__init__(student, stage, stage, wants=Wants(hidden=exits), **options)
         if stage.exits:
             self.weight = stage.exits.weight
@@ -263,6 +260,27 @@ class TaskStage(StageModule):
             self.student.requires_grad_(True)
 
 
+def check_task(student: PreTrainedModel, stage: Task) -> None:
+    """Say what of the task stage does not fit the student, before anything is trained.
+
+    Raises:
+        UserError: exits or LoRA targets that it does not have.
+    """
+    depth, exits = student.config.num_hidden_layers, stage.exits.layers if stage.exits else ()
+    if any(layer >= depth - 1 for layer in exits):
+        what = f"stages.task.exits.layers: {list(exits)} of a student with layers 0 to {depth - 1}"
+        raise UserError(what, mend=f"name layers from 0 to {depth - 2}: the last one is their teacher")
+    if stage.lora is None or isinstance(stage.lora.targets, str):
+        return
+    head = student.get_output_embeddings()
+    linears = [name for name, part in student.named_modules() if isinstance(part, nn.Linear) and part is not head]
+    known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+    for target in stage.lora.targets:  # peft complains only where none of them is found
+        if not any(name == target or name.endswith(f".{target}") for name in linears):
+            what = f"stages.task.lora.targets: the student has no linear {target} to adapt"
+            raise UserError(what, mend=f"choose from {known}, or all-linear")
+
+
 def last_norm(model: PreTrainedModel) -> nn.Module:
     """The norm between the last layer and the head, whatever the family calls it."""
     decoder = model.get_decoder()
@@ -281,11 +299,7 @@ def relation_heads(student: PretrainedConfig, teacher: PretrainedConfig) -> int:
 
 
 def _adapt(student: PreTrainedModel, lora: Lora) -> PeftModel:
-    """Put adapters into the student's linears, in place; everything else is frozen.
-
-    Raises:
-        UserError: `targets` names no module of the student.
-    """
+    """Put adapters into the student's linears, in place; everything else is frozen."""
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     config = LoraConfig(
         r=lora.r,
@@ -295,10 +309,7 @@ def _adapt(student: PreTrainedModel, lora: Lora) -> PeftModel:
         use_dora=lora.dora,
         task_type="CAUSAL_LM",
     )
-    try:
-        adapted: PeftModel = get_peft_model(student, config)
-    except ValueError as error:
-        raise UserError(f"stages.task.lora.targets: {error}", mend="name linears of the student, as q_proj") from error
+    adapted: PeftModel = get_peft_model(student, config)
     return adapted
 
 

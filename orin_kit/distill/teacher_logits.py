@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +253,15 @@ class StoredTeacher:
     @property
     def rows(self) -> int:
         return len(self._places)
+
+    def check(self, rows: Iterable[Example]) -> None:
+        """Say before training, not in the middle of it, that a row is not stored.
+
+        Raises:
+            UserError: it is not.
+        """
+        for row in rows:
+            self._find(row)
 
     def __call__(self, batch: TensorBatch, wants: Wants) -> Signal:
         """The logits of a batch's asked positions, on its device: `ids` int64, `logits` and `tails` fp32.

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import DistributedType
-from torch import Tensor, nn
+from torch import nn
 
-from orin_kit.data.packing import Example
+from orin_kit.data.packing import Example, cut
 from orin_kit.distill.accelerate_setup import make_accelerator
 from orin_kit.distill.accuracy import held_out_loss
 from orin_kit.distill.checkpoint import CheckpointStore
@@ -32,6 +32,7 @@ from orin_kit.distill.stage_setup import StageBuilder
 from orin_kit.distill.stages import Knobs, StageModule
 from orin_kit.errors import TrainingDivergedError, UserError
 
+PARTS = ("loss", "alignment", "ce", "kd")  # of a loss, in the order in which processes add them up
 Advance = Callable[[str, int, float], None]  # stage, steps done over all stages, loss
 
 
@@ -57,15 +58,13 @@ class Trainer:
         self.recipe, self.pair, self.data, self.store = recipe, pair, data, store
         self.accelerator = make_accelerator(recipe.precision)
         device = self.accelerator.device
-        self.teacher = open_teacher(recipe, pair, device)
         general = recipe.data.general
+        rehearsed = data.general.rehearsed if data.general else []
+        self.teacher = open_teacher(recipe, pair, [*data.train, *rehearsed], device)
         self.batches = Batches(data, recipe.batch_size, recipe.seed, device, general.rehearsal if general else 0.0)
         self.elastic = Elastic.begin(recipe.stages.task.teacher_weight, general.tolerance if general else 0.0)
         self.builder = StageBuilder(recipe, pair, self.teacher, self.batches, store, first=self._first)
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        if self.sharded and recipe.stages.task.on_policy:
-            mend = "start accelerate launch without --use_fsdp"
-            raise UserError("stages.task.on_policy: a sharded student cannot generate", mend=mend)
 
     def train(self, *, overwrite: bool = False, advance: Advance = lambda *_: None) -> float:
         """Run all stages, from a checkpoint when there is one; returns the seconds it took, before a kill and after.
@@ -139,7 +138,7 @@ class Trainer:
         work = [self._micro_batch(module, number, knobs) for number in numbers]
         asked = torch.tensor([float(batch.labels.numel()) for batch, _ in work], device=self.accelerator.device)
         shares = asked / self.accelerator.reduce(asked.sum(), "sum").clamp(min=1.0)
-        sums: dict[str, Tensor] = {}
+        sums = torch.zeros(2, len(PARTS), device=self.accelerator.device)  # values, and the shares that have them
         for index, (number, (batch, own)) in enumerate(zip(numbers, work, strict=True)):
             self._seed(number)
             signal = self.teacher(batch, module.teacher_wants) if module.teacher_wants else Signal()
@@ -149,8 +148,12 @@ class Trainer:
                 # Processes' gradients are averaged, not summed.
                 self.accelerator.backward(parts["loss"] * (shares[index] * world))
             for name, value in parts.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().float() * shares[index]
-        return {name: float(self.accelerator.reduce(value, "sum")) for name, value in sums.items()}
+                sums[0, PARTS.index(name)] += value.detach() * shares[index]
+                sums[1, PARTS.index(name)] += shares[index]
+        values, weights = self.accelerator.reduce(sums, "sum").tolist()
+        found = zip(PARTS, values, weights, strict=True)
+        # A batch of the student's own has a kd where one of the data may have none: a mean of those that have it.
+        return {name: value / (weight or 1.0) for name, value, weight in found if weight or name == "loss"}
 
     def _micro_batch(self, module: StageModule, number: int, knobs: Knobs) -> tuple[TensorBatch, Knobs]:
         """Micro-batch `number` of the run, and its knobs: of the data, or what the student itself says."""
@@ -161,6 +164,7 @@ class Trainer:
         with self.accelerator.autocast():
             prompts, stops = self.batches.questions(number), self.pair.tokenizer.stop_ids
             rows = sample_replies(self.pair.student, prompts, stops, rules)
+        rows = list(cut(rows, self.recipe.data.row_length))
         return to_tensors(rows, self.accelerator.device), Knobs(knobs.temperature, 1.0)
 
     def _measured(self, wrapped: nn.Module) -> dict[str, float]:
@@ -213,7 +217,12 @@ class Trainer:
         """The checkpoint, if there is one; the first process clears away what is of no use before the others look."""
         saved = self.store.open(overwrite=overwrite) if self._first else None
         self.accelerator.wait_for_everyone()
-        return saved if self._first else self.store.read()
+        saved = saved if self._first else self.store.read()
+        processes = self.accelerator.num_processes
+        if saved and saved["processes"] != processes:
+            what = f"{self.store.directory} is of a run in {saved['processes']} processes, this one has {processes}"
+            raise UserError(what, mend="start as many: the batches of a step are theirs together")
+        return saved
 
     def _log(self, line: dict[str, Any]) -> None:
         if self.log:
@@ -224,6 +233,7 @@ class Trainer:
             "position": vars(position),
             **run.state(),
             "elastic": self.elastic.state(),
+            "processes": self.accelerator.num_processes,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
         if self._first:
@@ -268,11 +278,15 @@ class _StageRun:
             scaler.load_state_dict(saved["scaler"])
 
     def apply(self) -> None:
-        """Let the optimizers step on the gradients."""
-        for optimizer in self.prepared:
-            optimizer.step()
+        """Let the optimizers step on the gradients; with fp16 an overflow skips the step of all of them."""
+        scaler = self.trainer.accelerator.scaler
+        scale = scaler.get_scale() if scaler else 1.0
+        for optimizer in self.optimizers:
+            scaler.step(optimizer) if scaler else optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if self.ema:
+        if scaler:
+            scaler.update()  # once: by accelerate's own step each optimizer would
+        if self.ema and (not scaler or scaler.get_scale() >= scale):
             self.ema.update()
 
     def state(self) -> dict[str, Any]:
@@ -300,11 +314,14 @@ class _StageRun:
         return self.module
 
 
-def open_teacher(recipe: Recipe, pair: Pair, device: torch.device) -> Teacher:
-    """The teacher as the recipe has it: its stored logits, or the model itself."""
-    if recipe.teacher_logits:
+def open_teacher(recipe: Recipe, pair: Pair, rows: Iterable[Example], device: torch.device) -> Teacher:
+    """The teacher as the recipe has it: its stored logits, or the model itself, which moves only where it is asked."""
+    if pair.teacher is None:
         from orin_kit.distill.teacher_logits import StoredTeacher
 
         tokenizer, schedule = pair.tokenizer_directory, recipe.stages.task.temperature
-        return StoredTeacher(recipe.teacher_logits, tokenizer=tokenizer, temperature=schedule)
-    return LiveTeacher(pair.teacher.to(device))
+        assert recipe.teacher_logits is not None
+        stored = StoredTeacher(recipe.teacher_logits, tokenizer=tokenizer, temperature=schedule)
+        stored.check(rows)
+        return stored
+    return LiveTeacher(pair.teacher.to(device) if recipe.asks_teacher else pair.teacher)

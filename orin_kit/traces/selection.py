@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from orin_kit.data.questions import Question
 from orin_kit.data.scoring import final_answer
 from orin_kit.errors import UserError
-from orin_kit.traces.questions import Question
 from orin_kit.traces.verifiers import Answer, Rules, by_question, likeness, reason_to_reject
 
 

@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from orin_kit.data.chat import Chat, Message
+from orin_kit.data.questions import Question, read_questions, task_questions
 from orin_kit.errors import UserError
 from orin_kit.manifest import check_free, sha256_input, write_artifact
 from orin_kit.runtime.sampler import Sampling
 from orin_kit.tokenizer import ChatTokenizer
 from orin_kit.traces.answer_store import AnswerStore
-from orin_kit.traces.questions import Question, read_questions, task_questions
 from orin_kit.traces.selection import read_keep, select
 from orin_kit.traces.teacher import Reply, context_of, is_onnx, open_teacher
 from orin_kit.traces.verifiers import OPEN, Answer, Rules, mend_for

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from orin_kit.data.questions import Question
 from orin_kit.data.scoring import exact_match, final_answer
 from orin_kit.errors import UserError
-from orin_kit.traces.questions import Question
 
 OPEN, CLOSE = "<think>", "</think>"
 GRAM = 8  # words: reasoning repeats shorter phrases for good reasons

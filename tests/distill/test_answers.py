@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import PreTrainedModel
 
 from families import DEMO_TEACHER
 from orin_kit.data.chat import Message, read_chats, write_chats
 from orin_kit.data.scoring import exact_match
 from orin_kit.data.tasks import distinct
 from orin_kit.distill import Recipe, distill
+from orin_kit.distill.accuracy import greedy_replies
 from orin_kit.distill.answers import teacher_answers
 from orin_kit.distill.dataset import load_dataset, load_questions
 from orin_kit.distill.pair import load_model
-from orin_kit.errors import UserError
+from orin_kit.errors import ArtifactError, UserError
 from orin_kit.tokenizer import ChatTokenizer
 
 STAGES = {"features": None, "attention": None, "task": {"steps": 2, "lora": None}}
@@ -52,6 +55,116 @@ def test_replies_that_do_not_end_are_dropped(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none ends within 3 tokens"):
         teacher_answers(model, tokenizer, prompts, tmp_path / "a.jsonl", max_new_tokens=3, batch_size=8)
     assert not (tmp_path / "a.jsonl").exists()
+
+
+# --- a kill ----------------------------------------------------------------------------------------------------------
+
+PROMPTS = [task.chat()[:-1] for task in distinct("train", 11, 14)]
+OPTIONS: dict[str, int] = {"max_new_tokens": 26, "batch_size": 4}  # some replies are longer and are dropped
+
+
+class KilledError(Exception):
+    """Stands for a kill between two batches."""
+
+
+@pytest.fixture(scope="module")
+def teacher() -> PreTrainedModel:
+    return load_model(DEMO_TEACHER)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(teacher: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("answers") / "a.jsonl"
+    teacher_answers(teacher, ChatTokenizer(DEMO_TEACHER), PROMPTS, path, **OPTIONS)
+    return path
+
+
+def killed(teacher: PreTrainedModel, path: Path, batches: int) -> Path:
+    """Ask, and die after some batches; returns the partial file."""
+    done: list[int] = []
+
+    def advance(count: int) -> None:
+        done.append(count)
+        if len(done) == batches:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        teacher_answers(teacher, ChatTokenizer(DEMO_TEACHER), PROMPTS, path, advance=advance, **OPTIONS)
+    assert not path.exists()
+    return path.with_name("a.partial.jsonl")
+
+
+@pytest.fixture
+def generated(teacher: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Filled with the number of prompts of every batch that the teacher generates."""
+    counts: list[int] = []
+    generate = teacher.generate
+
+    def counted(**given: Any) -> Any:
+        counts.append(len(given["input_ids"]))
+        return generate(**given)
+
+    monkeypatch.setattr(teacher, "generate", counted)
+    return counts
+
+
+def test_replies_are_those_of_all_prompts_at_once(teacher: PreTrainedModel, undisturbed: Path) -> None:
+    tokenizer = ChatTokenizer(DEMO_TEACHER)
+    replies = [(i, ids, tokenizer.decode(ids)) for i, ids in greedy_replies(teacher, tokenizer, PROMPTS, **OPTIONS)]
+    ended = [(i, text) for i, ids, text in replies if len(ids) < 26 and ("<think>" in text) == ("</think>" in text)]
+    assert 0 < len(ended) < len(PROMPTS)
+    assert read_chats(undisturbed) == [(*PROMPTS[i], Message("assistant", text)) for i, text in ended]
+    assert [file.name for file in undisturbed.parent.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize(("torn", "again"), [(0, [2]), (7, [4, 2])])
+def test_a_killed_teacher_answers_what_is_missing_and_ends_with_the_same_bytes(
+    tmp_path: Path, teacher: PreTrainedModel, undisturbed: Path, generated: list[int], torn: int, again: list[int]
+) -> None:
+    partial = killed(teacher, tmp_path / "a.jsonl", 3)
+    assert generated == [4, 4, 4]
+    data = partial.read_bytes()
+    assert len(data.splitlines()) == 1 + 12
+    partial.write_bytes(data[: len(data) - torn])  # the last line half written
+    generated.clear()
+    done: list[int] = []
+    tokenizer = ChatTokenizer(DEMO_TEACHER)
+    chats = teacher_answers(teacher, tokenizer, PROMPTS, tmp_path / "a.jsonl", advance=done.append, **OPTIONS)
+    assert generated == again
+    assert done == [4, 4, 4, 2]
+    assert (tmp_path / "a.jsonl").read_bytes() == undisturbed.read_bytes()
+    assert chats == read_chats(undisturbed)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_kill_in_the_first_line(tmp_path: Path, teacher: PreTrainedModel, undisturbed: Path) -> None:
+    partial = killed(teacher, tmp_path / "a.jsonl", 1)
+    partial.write_bytes(partial.read_bytes()[:20])
+    teacher_answers(teacher, ChatTokenizer(DEMO_TEACHER), PROMPTS, tmp_path / "a.jsonl", **OPTIONS)
+    assert (tmp_path / "a.jsonl").read_bytes() == undisturbed.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options"),
+    [(PROMPTS[::-1], {}), (PROMPTS[:-1], {}), (PROMPTS, {"max_new_tokens": 27}), (PROMPTS, {"batch_size": 5})],
+)
+def test_replies_to_other_questions_are_not_used(
+    tmp_path: Path, teacher: PreTrainedModel, generated: list[int], prompts: list[Any], options: dict[str, int]
+) -> None:
+    killed(teacher, tmp_path / "a.jsonl", 3)
+    generated.clear()
+    teacher_answers(teacher, ChatTokenizer(DEMO_TEACHER), prompts, tmp_path / "a.jsonl", **OPTIONS | options)
+    assert sum(generated) == len(prompts)
+
+
+def test_damaged_replies_are_said(tmp_path: Path, teacher: PreTrainedModel) -> None:
+    partial = killed(teacher, tmp_path / "a.jsonl", 1)
+    partial.write_bytes(partial.read_bytes().replace(b'"reply"', b'"rep\0y"'))
+    with pytest.raises(ArtifactError, match=r"a\.partial\.jsonl cannot be read.*delete"):
+        teacher_answers(teacher, ChatTokenizer(DEMO_TEACHER), PROMPTS, tmp_path / "a.jsonl", **OPTIONS)
+
+
+# --- what is asked ---------------------------------------------------------------------------------------------------
 
 
 def test_questions_are_further_problems_of_the_train_split(tmp_path: Path) -> None:

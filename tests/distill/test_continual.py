@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orin_kit.distill import Recipe, distill
+from orin_kit.distill import Recipe, compare, distill
 from orin_kit.distill.accuracy import held_out_loss
 from orin_kit.distill.continual import continued
 from orin_kit.distill.dataset import load_dataset
@@ -69,6 +69,15 @@ def test_forgetting_is_measured_and_moves_the_teachers_weight(
     assert report["general"]["after"]["loss"] == pytest.approx(after, rel=1e-5)
     assert set(report["general"]["after"]["accuracy"]) == {"logic", "all"}
     assert "forgetting" in (tmp_path / "later/report.html").read_text().lower()
+
+
+def test_a_comparison_from_an_earlier_result_goes_on(
+    earlier: Path, make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = make_recipe(stages=TASK_ALONE, continue_from=str(earlier))
+    first = compare(recipe, tmp_path / "compared", seeds=1, progress=False)
+    again = compare(recipe, tmp_path / "compared", seeds=1, progress=False)
+    assert first["runs"] == again["runs"]
 
 
 def test_a_model_that_does_not_say_what_it_learned(

@@ -57,7 +57,7 @@ def test_the_whole_chain(make_recipe: Callable[..., Recipe], conv: Path, tmp_pat
 
 
 def test_what_it_cannot_do_is_said(make_recipe: Callable[..., Recipe], conv: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"stages\.attention: .* convolutional student"):
+    with pytest.raises(UserError, match=r"stages\.attention: .* convolutional model"):
         distill(make_recipe(student=str(conv), data=DATA), tmp_path / "out", progress=False)
     with pytest.raises(UserError, match=r"data\.packing: .* chat before in its row"):
         recipe = make_recipe(student=str(conv), data=DATA | {"packing": True}, stages=STAGES)

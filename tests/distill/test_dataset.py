@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from orin_kit.data.chat import Message, write_chats
 from orin_kit.data.packing import Example
-from orin_kit.distill.dataset import Batches, Dataset, load_dataset, split_chats, to_tensors
+from orin_kit.distill.dataset import Batches, Dataset, load_dataset, load_questions, split_chats, to_tensors
 from orin_kit.distill.pair import load_model
 from orin_kit.distill.recipe import Recipe
 from orin_kit.errors import UserError
@@ -31,6 +32,58 @@ def test_chats_are_split_once(count: int, share: float) -> None:
     parts = split_chats([*chats(count), *chats(count)], share)
     assert all(parts)
     assert sorted(c[0].content for part in parts for c in part) == sorted(c[0].content for c in chats(count))
+
+
+def test_a_prompt_is_in_one_part_alone(
+    make_recipe: Callable[..., Recipe], pair_dirs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Two replies to every prompt, and the same file as questions: what is tested is neither trained on nor asked."""
+    twice = [(prompt, Message("assistant", f"{n} {reply.content}")) for prompt, reply in chats(30) for n in range(2)]
+    for part in (0, 1, 2):
+        others = [c for i, p in enumerate(split_chats(twice, 0.4)) if i != part for c in p]
+        assert not {c[0] for c in split_chats(twice, 0.4)[part]} & {c[0] for c in others}
+    path = tmp_path / "c.jsonl"
+    write_chats(path, twice)
+    general = {"chats": str(path), "held_out": 0.7, "items": 5}
+    fields = {"chats": str(path), "held_out": 0.4, "row_length": 64, "questions": {"chats": str(path)}}
+    for data in (fields, fields | {"general": general}):
+        recipe = make_recipe(data=data)
+        loaded = load_dataset(recipe, ChatTokenizer(pair_dirs[0]))
+        held = {q.prompt for q in loaded.test} | ({q.prompt for q in loaded.general.test} if loaded.general else set())
+        trained = " ".join(ChatTokenizer(pair_dirs[0]).decode(row.ids) for row in loaded.train)
+        if loaded.general:
+            trained += " ".join(ChatTokenizer(pair_dirs[0]).decode(row.ids) for row in loaded.general.rehearsed)
+        assert held and not any(prompt[0].content in trained for prompt in held)
+        assert not held & set(load_questions(recipe))
+
+
+def test_questions_need_no_replies(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    write_chats(tmp_path / "c.jsonl", chats(9))
+    (tmp_path / "q.jsonl").write_text('{"prompt": "Why?"}\n{"messages": [{"role": "user", "content": "How?"}]}\n')
+    data = {"chats": str(tmp_path / "c.jsonl"), "questions": {"chats": str(tmp_path / "q.jsonl")}}
+    assert load_questions(make_recipe(data=data)) == [(Message("user", "Why?"),), (Message("user", "How?"),)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"general": {"chats": "LONG", "held_out": 0.5}}, r"data\.general: no assistant token"),
+        ({"on_policy": True}, r"stages\.task\.on_policy: no question leaves room"),
+    ],
+)
+def test_chats_that_leave_nothing(
+    fields: dict[str, Any], words: str, make_recipe: Callable[..., Recipe], pair_dirs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    long = [(Message("user", f"word {i} " * 90), Message("assistant", "no")) for i in range(9)]
+    turns = [(*chat, Message("user", "word " * 90), Message("assistant", "no")) for chat in chats(9)]
+    write_chats(tmp_path / "long.jsonl", long)
+    write_chats(tmp_path / "c.jsonl", turns if "on_policy" in fields else chats(9))
+    data = {"chats": str(tmp_path / "c.jsonl"), "row_length": 48}
+    if "general" in fields:
+        data["general"] = fields["general"] | {"chats": str(tmp_path / "long.jsonl")}
+    stages = {"task": {"on_policy": {"share": 0.5}}} if "on_policy" in fields else {}
+    with pytest.raises(UserError, match=words):
+        load_dataset(make_recipe(data=data, stages=stages), ChatTokenizer(pair_dirs[0]))
 
 
 def test_users_chats(make_recipe: Callable[..., Recipe], pair_dirs: tuple[Path, Path], tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "train.log.jsonl").read_text().splitlines()]
 
 
-def check_same(one: Path, two: Path) -> None:
+def check_same(one: Path, two: Path, rel: float = 2e-4) -> None:
     assert [(x["stage"], x["step"]) for x in lines(one)] == [(x["stage"], x["step"]) for x in lines(two)]
     for ours, theirs in zip(lines(one), lines(two), strict=True):
         for name in ("loss", "ce", "kd", "alignment", "grad_norm", "held_out_loss", "general_loss", "teacher_weight"):
@@ -57,7 +57,7 @@ def check_same(one: Path, two: Path) -> None:
     first, second = (load_file(of / "model.safetensors") for of in (one, two))
     assert first.keys() == second.keys()
     for name, value in first.items():
-        torch.testing.assert_close(value.float(), second[name].float(), atol=2e-3, rtol=2e-2)
+        torch.testing.assert_close(value.float(), second[name].float(), atol=10 * rel, rtol=100 * rel)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def recipes(make_recipe: Callable[..., Recipe]) -> tuple[Recipe, Recipe]:
     questions = {"tasks": 8}
     stages = {
         "features": {"steps": 2, "learning_rate": 1e-3, "teacher_layers": "cka", "calibration_batches": 2},
-        "attention": {"steps": 2, "learning_rate": 1e-3, "calibration_batches": 2},
+        "attention": {"steps": 2, "learning_rate": 1e-3, "calibration_batches": 2, "task_weight": 0.0},
         "task": {"steps": 3, "learning_rate": 1e-3, "teacher_weight": {"every": 2}, "lora": {"r": 4, "dropout": 0.2}},
     }
     data = {"tasks": {"count": 60}, "row_length": 64, "general": general, "questions": questions}
@@ -96,5 +96,29 @@ def test_a_sharded_run_is_resumed_whole_and_sharded(recipes: tuple[Recipe, Recip
     assert "died after 3 steps with a sharded student" in died.stdout and not (tmp_path / "two").exists()
     assert launch(two, tmp_path / "two", *SHARDED, die_after=6).returncode
     done = launch(two, tmp_path / "two", *SHARDED)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_sharded_bf16_is_bf16_of_one_process(recipes: tuple[Recipe, Recipe], tmp_path: Path) -> None:
+    """As on GPUs: multiplied in bf16, but gradients and losses added up in fp32. Within what bf16 rounds."""
+    one, two = (recipe.model_copy(update={"precision": "bf16"}) for recipe in recipes)
+    distill(one, tmp_path / "one", progress=False)
+    done = launch(two, tmp_path / "two", *SHARDED)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_same(tmp_path / "one", tmp_path / "two", rel=2e-2)
+    losses = [x["loss"] for x in lines(tmp_path / "two")]
+    assert any(float(torch.tensor(loss).bfloat16()) != pytest.approx(loss, rel=1e-7) for loss in losses)
+
+
+@pytest.mark.slow
+def test_own_answers_without_a_teachers_weight(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """Some batches have a divergence and others have none, in one process as in two."""
+    task = {"steps": 4, "lora": None, "learning_rate": 1e-3, "on_policy": {"share": 0.5, "max_new_tokens": 6},
+            "teacher_weight": {"start": 0.0, "low": 0.0, "every": 100}}  # fmt: skip
+    one = make_recipe(stages={"features": None, "attention": None, "task": task}, accumulation=4)
+    distill(one, tmp_path / "one", progress=False)
+    done = launch(one.model_copy(update={"accumulation": 2}), tmp_path / "two", "--multi_gpu")
     assert done.returncode == 0, done.stderr[-3000:]
     check_same(tmp_path / "one", tmp_path / "two")

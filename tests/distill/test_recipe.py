@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from orin_kit.distill.recipe import Recipe
+from orin_kit.distill.recipe_file import with_absolute_paths
 from orin_kit.errors import UserError
 
 RECIPES = Path(__file__).parents[2] / "calibration/recipes"
@@ -85,6 +86,19 @@ def test_mistakes_name_their_line(tmp_path: Path) -> None:
         "line 11, stages.task.lora",
     ):
         assert words in said
+
+
+def test_an_override_has_no_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        Recipe.load(write(tmp_path, GOOD | {"batch_size": 4}), ["batch_size=0"])
+    assert "line " not in caught.value.what
+
+
+def test_a_recipe_for_another_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = with_absolute_paths(Recipe.parse(GOOD | {"data": {"chats": "c.jsonl", "general": {"chats": "g.jsonl"}}}))
+    assert recipe.data.chats == tmp_path / "c.jsonl" and recipe.teacher == tmp_path / "t"
+    assert recipe.data.general is not None and recipe.data.general.chats == tmp_path / "g.jsonl"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from orin_kit.distill import Recipe, distill, run
 from orin_kit.distill.checkpoint import CheckpointStore
+from orin_kit.distill.recipe import Exits
 from orin_kit.errors import ArtifactError, TrainingDivergedError, UserError
 from orin_kit.manifest import read_manifest
 
@@ -126,7 +128,7 @@ def test_a_cut_while_scoring_does_not_train_again(
 ) -> None:
     out = tmp_path / "cut"
     with monkeypatch.context() as patch:
-        patch.setattr(run, "score", lambda *_: (_ for _ in ()).throw(CutOffError))
+        patch.setattr(run, "score", lambda *_, **__: (_ for _ in ()).throw(CutOffError))
         with pytest.raises(CutOffError):
             distill(recipe, out, progress=False)
     with monkeypatch.context() as patch:
@@ -179,6 +181,51 @@ def test_checkpoints_of_other_recipes_are_refused(
     assert len(losses(out)) == 10
     with pytest.raises(UserError, match="exists"):
         distill(other, out, progress=False)
+
+
+def test_identity_is_what_decides_the_weights(recipe: Recipe, tmp_path: Path) -> None:
+    of = run.run_identity
+    free = {"log_every": 7, "checkpoint_every": 9, "test_items": 3, "evaluation_batch": 5}
+    assert of(recipe) == of(recipe.model_copy(update=free))
+    moved = Path(shutil.copytree(recipe.student, tmp_path / "moved"))
+    elsewhere = recipe.model_copy(update={"student": moved})
+    assert of(recipe) == of(elsewhere)
+    (moved / "chat_template.jinja").write_text("{{ messages }}")
+    assert of(recipe) != of(elsewhere)
+    for changed in ({"seed": 4}, {"batch_size": 5}, {"watched_items": 11}, {"precision": "bf16"}):
+        assert of(recipe) != of(recipe.model_copy(update=changed))
+
+
+def test_faults_come_before_the_work(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of the last stage, or a checkpoint of another recipe, before anything is asked or trained."""
+    never = lambda *_, **__: pytest.fail("work was done")  # noqa: E731
+    task = recipe.stages.task.model_copy(update={"exits": Exits(layers=(5,))})
+    late = recipe.model_copy(update={"stages": recipe.stages.model_copy(update={"task": task})})
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "answered", never)
+        with pytest.raises(UserError, match=r"stages\.task\.exits"):
+            distill(late, tmp_path / "late", progress=False)
+    with monkeypatch.context() as patch:
+        cut_at(patch, 3)
+        with pytest.raises(CutOffError):
+            distill(recipe, tmp_path / "out", progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "answered", never)
+        with pytest.raises(UserError, match="another recipe"):
+            distill(recipe.with_seed(9), tmp_path / "out", progress=False)
+
+
+def test_other_numbers_of_processes_are_refused(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        cut_at(patch, 3)
+        with pytest.raises(CutOffError):
+            distill(recipe, tmp_path / "out", progress=False)
+    path = checkpoint_of(tmp_path / "out") / "state.pt"
+    torch.save(torch.load(path, weights_only=True) | {"processes": 2}, path)
+    with pytest.raises(UserError, match="is of a run in 2 processes, this one has 1"):
+        distill(recipe, tmp_path / "out", progress=False)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])

@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 
 from orin_kit.data.chat import Message
+from orin_kit.data.questions import Question
 from orin_kit.errors import UserError
-from orin_kit.traces.questions import Question
 from orin_kit.traces.selection import read_keep, select
 from orin_kit.traces.verifiers import VERIFIERS, Answer, Rules, likeness, mend_for, reason_to_reject, repetition
 

@@ -22,11 +22,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from orin_kit.distill.checkpoint import CheckpointStore
 from orin_kit.distill.comparison import finished_or_run
+from orin_kit.distill.pair import ANSWERS
 from orin_kit.distill.recipe import Recipe
 from orin_kit.distill.report import spread
-from orin_kit.distill.run import ANSWERS, run_identity
+from orin_kit.distill.run import open_store
 from orin_kit.manifest import made_by
 
 RECIPES = Path(__file__).parents[2] / "calibration/recipes"
@@ -76,13 +76,19 @@ def recipe_of(name: str, seed: int, *extra: str) -> Recipe:
     return recipe.without_teacher() if arm.plain else recipe
 
 
-def run(name: str, seed: int, home: Path, known: dict[tuple[str, ...], dict[str, Any]]) -> dict[str, Any]:
+def run(
+    name: str, seed: int, home: Path, known: dict[tuple[str, ...], dict[str, Any]], *, gather: bool
+) -> dict[str, Any]:
     """The report of one arm and seed, run if need be."""
     recipe = recipe_of(name, seed)
     out = home / f"seed-{seed}" / name.replace(" ", "-")
     shared = home / f"seed-{seed}" / ANSWERS
+    if gather:
+        report: dict[str, Any] = json.loads((out / "report.json").read_text("utf-8"))
+        known.setdefault((), {}).update({n: s for n, s in report["models"].items() if n != "student"})
+        return report
     if recipe.data.questions and shared.is_file():
-        store = CheckpointStore(out, run_identity(recipe))
+        store = open_store(recipe, out)
         store.directory.mkdir(parents=True, exist_ok=True)
         shutil.copy(shared, store.answers)
     of_pair = known.setdefault((str(recipe.teacher), str(recipe.student)), {})
@@ -131,6 +137,7 @@ def main() -> None:
     parser.add_argument(
         "--timing", type=int, default=0, metavar="N", help="also time the arms' steps, N short runs each"
     )
+    parser.add_argument("--gather", action="store_true", help="take the reports that are there; run nothing")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     seeds, names = [int(s) for s in options.seeds.split(",")], options.arms.split(",")
@@ -138,7 +145,7 @@ def main() -> None:
     scores: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for seed in seeds:
         for name in names:
-            report = run(name, seed, options.out, known)
+            report = run(name, seed, options.out, known, gather=options.gather)
             scores[name].append(report["models"]["student"] | {"steps": recipe_of(name, seed).total_steps})
     seconds = timing(options.timing) if options.timing else {}
     rows = {

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from orin_kit.data.chat import Message
+from orin_kit.data.questions import Question, read_questions, task_questions
 from orin_kit.errors import UserError
-from orin_kit.traces.questions import Question, read_questions, task_questions
 
 
 def test_all_shapes_with_and_without_answers(tmp_path: Path) -> None:
