@@ -38,10 +38,10 @@ def make_accelerator(precision: str) -> Accelerator:
         # accelerate knows FSDP on accelerators alone; torch's own, which it calls, does CPUs as well.
         state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # where accelerate looks it up anew
-    if state.distributed_type == DistributedType.FSDP and precision != "fp32":
-        # accelerate's own policy also adds gradients up, and hands out losses, in the lower precision.
-        lower = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(lower, torch.float32, torch.float32)
+    if state.distributed_type == DistributedType.FSDP:
+        # accelerate's own policy adds gradients up, and hands losses out, in the lower precision. Without one autocast
+        # decides what is multiplied in it, as in a single process, and sums stay in fp32.
+        state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     if state.distributed_type == DistributedType.DEEPSPEED:
         raise UserError(
             "distill does not train with DeepSpeed", mend="use accelerate launch --use_fsdp --fsdp_version 2"

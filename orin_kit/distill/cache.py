@@ -143,7 +143,7 @@ def _open_partial(out: Path, identity: str, *, overwrite: bool) -> Path:
     partial = out.absolute().parent / f".{out.name}.logits-partial"
     told = partial / IDENTITY
     if partial.is_dir() and not (told.is_file() and told.read_text("utf-8") == identity):
-        if not overwrite and any(partial.glob("logits-*.safetensors")):
+        if not overwrite and any(partial.glob("*.*")):  # shards, or the teacher's answers
             what = f"{partial} holds the unfinished logits of another recipe, or of another teacher or data"
             raise UserError(what, mend="run that recipe again to go on with it, or add --overwrite to start anew")
         shutil.rmtree(partial)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +166,8 @@ def _changed_copies(
         from orin_kit.data.back_translation import back_translate
 
         said_anew = back_translate(chats, models.there, models.back, store=translations)
-        copies, changes = [*copies, *said_anew.chats], [*changes, *said_anew.changes]
+        changes += [replace(change, chat=change.chat + len(copies)) for change in said_anew.changes]
+        copies += said_anew.chats
     return copies, changes
 
 

@@ -87,7 +87,7 @@ class Plan:
         sharded = {
             name: math.ceil(getattr(whole, name) / gpus) for name in ("student", "gradients", "optimizer", "average")
         }
-        return replace(whole, **sharded, gathered=stage.layer_bytes + stage.rest_bytes + waiting, copies=0)
+        return replace(whole, **sharded, gathered=stage.layer_bytes + stage.rest_bytes + waiting)
 
 
 def plan(recipe: Recipe, gpu_bytes: int = 80 * 10**9) -> Plan:

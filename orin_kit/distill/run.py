@@ -117,8 +117,8 @@ def distill(
 
 def open_store(recipe: Recipe, out: Path) -> CheckpointStore:
     """Where a run into `out` keeps its state, named by all that decides it."""
-    asked = recipe.model_dump(mode="json", include={"data": {"tasks", "questions"}, "seed": True, "precision": True})
-    told = [asked, recipe.max_new_tokens, _contents(recipe, ("teacher", "questions"))]
+    asked = [[[message.role, message.content] for message in prompt] for prompt in load_questions(recipe)]
+    told = [asked, recipe.max_new_tokens, recipe.precision, _contents(recipe, ("teacher",))]
     answers = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     return CheckpointStore(out, run_identity(recipe), answers)
 
@@ -167,7 +167,8 @@ def answered(recipe: Recipe, pair: Pair, path: Path, *, progress: bool) -> list[
     if not prompts:
         return []
     if recipe.teacher_logits and (recipe.teacher_logits / ANSWERS).is_file():
-        return read_chats(recipe.teacher_logits / ANSWERS)  # the rows whose logits were stored
+        wanted = set(prompts)  # what is held out now may not have been when the logits were stored
+        return [chat for chat in read_chats(recipe.teacher_logits / ANSWERS) if chat[:-1] in wanted]
     device = make_accelerator(recipe.precision).device
     assert pair.teacher is not None
     with progress_bar(progress) as bar:

@@ -64,9 +64,8 @@ class StagePlan:
         adapters: parameters of LoRA.
         memory: on one GPU, without FSDP.
         activations_kept, activations_recomputed: bytes without and with activation_checkpointing.
-        layer_bytes, rest_bytes: what FSDP gathers at once, in the precision it multiplies in: two decoder layers, and
-            everything outside of them.
-        trained_bytes: of gradients in that precision.
+        layer_bytes, rest_bytes: what FSDP gathers at once, in fp32: two decoder layers, and everything outside of them.
+        trained_bytes: of gradients.
         flops: of one step on one GPU.
     """
 
@@ -96,10 +95,10 @@ def stage_plan(recipe: Recipe, name: str, stage: Stage, builder: StageBuilder) -
     with torch.device("meta"):
         module = builder.build(stage).train()
     assert builder.pair.teacher is not None
-    teacher, student, dtype = builder.pair.teacher, builder.pair.student, DTYPES[recipe.precision]
+    teacher, student = builder.pair.teacher, builder.pair.student
     trained = {key: p for key, p in module.named_parameters() if p.requires_grad}
     held = [*module.parameters(), *module.buffers()]
-    layers, width = list(student.get_decoder().layers), dtype.itemsize
+    layers = list(student.get_decoder().layers)
     in_layers = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     rows, whole = recipe.batch_size, sum(p.numel() for p in module.parameters())
     wanted = bool(module.teacher_wants) and recipe.teacher_logits is None
@@ -132,9 +131,9 @@ def stage_plan(recipe: Recipe, name: str, stage: Stage, builder: StageBuilder) -
         memory=memory,
         activations_kept=activations[False],
         activations_recomputed=activations[True],
-        layer_bytes=2 * max(in_layers) * width,
-        rest_bytes=(whole - sum(in_layers)) * width,
-        trained_bytes=sum(p.numel() for p in trained.values()) * width,
+        layer_bytes=2 * max(in_layers) * 4,
+        rest_bytes=(whole - sum(in_layers)) * 4,
+        trained_bytes=tensor_bytes(trained.values()),
         flops=_flops(recipe, module, teacher if wanted else None),
     )
 

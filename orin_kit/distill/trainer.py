@@ -144,7 +144,8 @@ class Trainer:
             signal = self.teacher(batch, module.teacher_wants) if module.teacher_wants else Signal()
             synced = index + 1 == count
             with self.accelerator.no_sync(wrapped) if not synced else nullcontext():
-                parts = wrapped(batch, signal, own)
+                with self.accelerator.autocast():  # FSDP's wrapper has none
+                    parts = wrapped(batch, signal, own)
                 # Processes' gradients are averaged, not summed.
                 self.accelerator.backward(parts["loss"] * (shares[index] * world))
             for name, value in parts.items():
@@ -181,7 +182,9 @@ class Trainer:
         wrapped.eval()
         total = count = 0.0
         for batch in in_batches(rows, self.recipe.batch_size, self.accelerator.device):
-            total += float(wrapped(batch, Signal(), Knobs(1.0, 0.0), measure=True)["ce"]) * batch.labels.numel()
+            with self.accelerator.autocast():
+                ce = wrapped(batch, Signal(), Knobs(1.0, 0.0), measure=True)["ce"]
+            total += float(ce) * batch.labels.numel()
             count += batch.labels.numel()
         wrapped.train()
         return total / max(count, 1)
