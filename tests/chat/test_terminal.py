@@ -33,9 +33,11 @@ from orin_kit.runtime.sampler import Sampling
 
 DEMO = Path(__file__).parents[2] / "calibration/demo-teacher"
 PATIENCE = 60  # seconds after which a test that waits for output gives up
-# A session whose controlling terminal is its stdin, so that Ctrl-C is a signal as in any terminal.
+# A session whose controlling terminal is its stdin, so that Ctrl-C is a signal as in any terminal; and one that is not
+# ignored, as what a shell starts with & inherits it.
 OWN_TERMINAL = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
 )
 ESCAPES = re.compile(r"\x1b\[[?\d;]*[a-zA-Z]")
 

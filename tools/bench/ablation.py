@@ -119,7 +119,7 @@ def _seconds_a_step(name: str, folder: Path) -> float:
     if ARMS[name].plain:
         task = recipe.stages.task.model_copy(update={"steps": 15})
         recipe = recipe.model_copy(update={"stages": recipe.stages.model_copy(update={"task": task})})
-    finished_or_run(recipe, report_dir, {"teacher": {}, "start": {}}, overwrite=True, progress=False)
+    finished_or_run(recipe, report_dir, {}, overwrite=True, progress=False)
     lines = [json.loads(line) for line in (report_dir / "train.log.jsonl").read_text("utf-8").splitlines()]
     total = weight = 0.0
     for stage, of in full.running_stages():
