@@ -13,6 +13,7 @@ from orin_kit.data.scoring import exact_match
 from orin_kit.distill.dataset import Question, in_batches
 from orin_kit.distill.logits import Dense, task_loss
 from orin_kit.distill.signals import Wants, read_signal
+from orin_kit.models.pretrained import left_padded
 from orin_kit.tokenizer import ChatTokenizer
 
 
@@ -72,14 +73,12 @@ def answer(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], stop_ids: frozenset[int], max_new_tokens: int
 ) -> list[list[int]]:
     """Greedy replies to prompts of any lengths, without the stop token."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    ids, mask = left_padded(prompts, model.device)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(stop_ids) or None, pad_token_id=0
     )
     out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    return [_until_stop(row, stop_ids) for row in out[:, width:].tolist()]
+    return [_until_stop(row, stop_ids) for row in out[:, ids.shape[1] :].tolist()]
 
 
 def _until_stop(reply: list[int], stop_ids: frozenset[int]) -> list[int]:

@@ -28,6 +28,18 @@ def choose_layers(asked: Sequence[int] | None, depth: int, field: str) -> tuple[
     return tuple(asked)
 
 
+def compared_layers(
+    stage: Aligned, field: str, depth: int, teacher_depth: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The student's layers of a stage, and the teacher's they are compared with, as far as nothing is measured for it.
+
+    Raises:
+        UserError: layers are named that a model does not have, or not one for each.
+    """
+    layers = choose_layers(stage.layers, depth, f"{field}.layers")
+    return layers, match_layers(stage, field, layers, depth, teacher_depth)
+
+
 def match_layers(stage: Aligned, field: str, layers: Sequence[int], depth: int, teacher_depth: int) -> tuple[int, ...]:
     """The teacher's layers by list or by relative depth; a search is `search_layers`.
 

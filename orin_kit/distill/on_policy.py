@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from orin_kit.data.packing import Example
 from orin_kit.distill.recipe import OnPolicy
+from orin_kit.models.pretrained import left_padded
 
 
 @torch.no_grad()
@@ -25,9 +26,7 @@ def sample_replies(
         stop_ids: what ends a reply; what is sampled after it is cut.
         rules: temperature, top_p, and the most tokens of a reply.
     """
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=student.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=student.device)
+    ids, mask = left_padded(prompts, student.device)
     config = GenerationConfig(
         max_new_tokens=rules.max_new_tokens,
         do_sample=True,
@@ -42,7 +41,7 @@ def sample_replies(
     out = student.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     student.train(training)
     rows = []
-    for prompt, reply in zip(prompts, out[:, width:].tolist(), strict=True):
+    for prompt, reply in zip(prompts, out[:, ids.shape[1] :].tolist(), strict=True):
         end = next((i + 1 for i, token in enumerate(reply) if token in stop_ids), len(reply))
         rows.append(Example([*prompt, *reply[:end]], [False] * len(prompt) + [True] * end))
     return rows

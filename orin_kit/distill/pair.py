@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
 
 from orin_kit.distill.recipe import Recipe
-from orin_kit.errors import ArtifactError, UnsupportedModelError, UserError
+from orin_kit.errors import UnsupportedModelError, UserError
+from orin_kit.models.pretrained import load_pretrained
 from orin_kit.models.spec import read_spec
-from orin_kit.models.weights import WeightSource, has_weights
+from orin_kit.models.weights import has_weights
 from orin_kit.tokenizer import ChatTokenizer
 
 ANSWERS = "answers.jsonl"  # of the teacher, in artifacts
@@ -103,7 +103,6 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32, seed: int | 
         ArtifactError: weights are missing, damaged, or do not belong to the config.
         UnsupportedModelError: the config is not one that orin-kit knows, or the weights are quantized.
     """
-    logging.disable_progress_bar()  # ours are enough
     if read_spec(directory).quantization_config:
         raise UnsupportedModelError(f"{directory} holds quantized weights", mend="distil first, then quantize")
     if seed is not None:
@@ -111,19 +110,7 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32, seed: int | 
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         born: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
         return born
-    WeightSource(directory)  # a file cut short ends here, with its name
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ArtifactError(f"{directory} cannot be loaded: {error}", mend="copy the model again, whole") from error
-    missing = sorted(found["missing_keys"])
-    if missing:
-        what = f"{directory} lacks {len(missing)} tensors of its config, first {missing[0]}"
-        raise ArtifactError(what, mend="config.json and the weights must be of one model")
-    loaded: PreTrainedModel = model
-    return loaded
+    return load_pretrained(directory, dtype)
 
 
 def check_tokenizers(teacher: Path, student: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from orin_kit.distill.checkpoint import CheckpointStore
 from orin_kit.distill.dataset import Batches
 from orin_kit.distill.heads import LayerHeads, keep_heads
-from orin_kit.distill.layers import choose_layers, match_layers
+from orin_kit.distill.layers import compared_layers
 from orin_kit.distill.pair import DTYPES, Pair, load_model
 from orin_kit.distill.recipe import Aligned, Attention, Recipe
 from orin_kit.distill.signals import Teacher
@@ -124,8 +124,7 @@ class _UnmeasuredStages(StageBuilder):
     def layers(self, stage: Aligned, field: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         assert self.pair.teacher is not None
         depth, teacher_depth = (m.config.num_hidden_layers for m in (self.pair.student, self.pair.teacher))
-        layers = choose_layers(stage.layers, depth, f"{field}.layers")
-        return layers, match_layers(stage, field, layers, depth, teacher_depth)
+        return compared_layers(stage, field, depth, teacher_depth)
 
     def heads(self, stage: Attention, layers: tuple[int, ...]) -> list[LayerHeads]:
         assert self.pair.teacher is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +118,26 @@ def distill(
 def open_store(recipe: Recipe, out: Path) -> CheckpointStore:
     """Where a run into `out` keeps its state, named by all that decides it."""
     asked = [[[message.role, message.content] for message in prompt] for prompt in load_questions(recipe)]
-    told = [asked, recipe.max_new_tokens, recipe.precision, _contents(recipe, ("teacher",))]
-    answers = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-    return CheckpointStore(out, run_identity(recipe), answers)
+    contents = _contents(recipe)
+    told = [asked, recipe.max_new_tokens, recipe.precision, contents.get("teacher")]
+    return CheckpointStore(out, _identity(recipe, contents), _hash(told))
 
 
 def run_identity(recipe: Recipe) -> str:
     """Hash of all that decides a run's weights: the recipe, and the content of the models and data it names."""
-    told = [recipe.sha256(), _contents(recipe, tuple(recipe_inputs(recipe)))]
+    return _identity(recipe, _contents(recipe))
+
+
+def _identity(recipe: Recipe, contents: Mapping[str, str]) -> str:
+    return _hash([recipe.sha256(), contents])
+
+
+def _hash(told: Any) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def _contents(recipe: Recipe, roles: Sequence[str]) -> dict[str, str]:
-    return {role: sha256_input(path) for role, path in recipe_inputs(recipe).items() if role in roles}
+def _contents(recipe: Recipe) -> dict[str, str]:
+    return {role: sha256_input(path) for role, path in recipe_inputs(recipe).items()}
 
 
 def score(

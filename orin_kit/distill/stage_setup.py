@@ -10,7 +10,7 @@ from torch import Tensor
 from orin_kit.distill.checkpoint import CheckpointStore
 from orin_kit.distill.dataset import Batches
 from orin_kit.distill.heads import LayerHeads, read_heads, screen_heads, write_heads
-from orin_kit.distill.layers import choose_layers, layer_similarity, match_layers, search_layers
+from orin_kit.distill.layers import compared_layers, layer_similarity, search_layers
 from orin_kit.distill.pair import Pair
 from orin_kit.distill.recipe import Aligned, Attention, Features, Recipe, Stage, Task
 from orin_kit.distill.signals import Signal, Teacher, Wants, read_signal
@@ -29,8 +29,7 @@ def check_stages(recipe: Recipe, pair: Pair) -> None:
         if isinstance(stage, Task):
             check_task(pair.student, stage)
         elif isinstance(stage, Aligned) and pair.teacher is not None:
-            layers = choose_layers(stage.layers, depth, f"{field}.layers")
-            match_layers(stage, field, layers, depth, pair.teacher.config.num_hidden_layers)
+            compared_layers(stage, field, depth, pair.teacher.config.num_hidden_layers)
 
 
 class StageBuilder:
@@ -71,9 +70,9 @@ class StageBuilder:
         """The student's layers of a stage, and the teacher's they are compared with."""
         assert self.pair.teacher is not None
         depth, teacher_depth = (m.config.num_hidden_layers for m in (self.pair.student, self.pair.teacher))
-        layers = choose_layers(stage.layers, depth, f"{field}.layers")
+        layers, matched = compared_layers(stage, field, depth, teacher_depth)
         if stage.teacher_layers != "cka":
-            return layers, match_layers(stage, field, layers, depth, teacher_depth)
+            return layers, matched
         known = self.store.read_layers()
         if field not in known:
             similarity = layer_similarity(self._hidden(layers, teacher_depth, stage.calibration_batches))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.utils import logging
+from transformers import GenerationConfig
 
-from orin_kit.errors import ArtifactError, UnsupportedModelError
+from orin_kit.errors import UnsupportedModelError
+from orin_kit.models.pretrained import left_padded, load_pretrained
 from orin_kit.models.spec import read_spec
-from orin_kit.models.weights import WeightSource
 from orin_kit.runtime.sampler import Sampling
 from orin_kit.tokenizer import ChatTokenizer
 from orin_kit.traces.teacher import Reply
@@ -26,23 +26,11 @@ class TransformersTeacher:
         if spec.quantization_config:
             what = f"{directory} holds quantized weights"
             raise UnsupportedModelError(what, mend=f"run orin-kit export {directory} and name the ONNX artifact")
-        WeightSource(directory)  # a file cut short ends here, with its name
         if threads:
             torch.set_num_threads(threads)
-        logging.disable_progress_bar()  # ours are enough
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        try:
-            model, found = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
-        except (RuntimeError, ValueError, OSError) as error:
-            raise ArtifactError(f"{directory} cannot be loaded: {error}", mend="copy the model again, whole") from error
-        if found["missing_keys"]:
-            missing = sorted(found["missing_keys"])
-            what = f"{directory} lacks {len(missing)} tensors of its config, first {missing[0]}"
-            raise ArtifactError(what, mend="config.json and the weights must be of one model")
-        self._model = model.to(device).eval()
+        self._model: Any = load_pretrained(directory, dtype).to(device).eval()
         self._stop_ids = ChatTokenizer(directory).stop_ids
         self._context = spec.max_position_embeddings
 
@@ -50,10 +38,8 @@ class TransformersTeacher:
     def reply(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int], max_new_tokens: int
     ) -> list[Reply]:
-        width = max(map(len, prompts))
-        device = self._model.device
-        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        ids, mask = left_padded(prompts, self._model.device)
+        width = ids.shape[1]
         config = GenerationConfig(
             max_new_tokens=min(max_new_tokens, self._context - width + 1),  # the last one is not read again
             do_sample=sampling.temperature > 0,
