@@ -13,7 +13,7 @@ from orin_kit.errors import ArtifactError, UserError
 from orin_kit.inspect.inspection import Graph, Initializers, Input, Inspection, Made, Model, Port
 from orin_kit.inspect.onnx_file import VALUE_BYTES, OnnxFile, Value, external_files, read_onnx
 from orin_kit.inspect.predict import assumptions, predictions
-from orin_kit.inspect.tensors import PACKED, SCALE, Tensor, by_kind, kind_of, mismatches
+from orin_kit.inspect.tensors import PACKED, SCALE, Tensor, bits_of, by_kind, kind_of, mismatches
 from orin_kit.manifest import MANIFEST, ONNX_MODEL, Manifest, read_manifest, sha256_input
 from orin_kit.models.spec import EMBEDDING, DecoderSpec, read_spec
 from orin_kit.profile.roofline import AGX_ORIN_64GB
@@ -118,16 +118,25 @@ def _look_at_checkpoint(found: Inspection, directory: Path) -> None:
 
 
 def _stored(directory: Path, spec: DecoderSpec) -> list[Tensor]:
+    from orin_kit.models.formats.registry import read_format
     from orin_kit.models.weights import DTYPES as STORED  # with ml_dtypes, which ONNX artifacts do without
     from orin_kit.models.weights import WeightSource
-    from orin_kit.quantize.compressed import Int4Config
 
-    if spec.quantization_config is not None:
-        Int4Config.from_config(spec.quantization_config)
     names = {dtype: name for name, dtype in STORED.items()}
+    scheme = None if spec.quantization_config is None else read_format(spec.quantization_config)
     source = WeightSource(directory)
-    mapped = ((name, source.get(name)) for name in source.names)  # views: nothing is read
-    return [Tensor(name, names[array.dtype.type], array.shape, array.nbytes) for name, array in mapped]
+    tensors = []
+    for name in source.names:
+        array = source.get(name)  # a view: nothing is read
+        tensor = Tensor(name, names[array.dtype.type], array.shape, array.nbytes)
+        module, _, part = name.rpartition(".")
+        if scheme is not None and part in scheme.parts and f"{module}.{scheme.weight_part}" in source:
+            packing = scheme.packing(source, module)
+            shape = packing.shape if part == scheme.weight_part else tensor.shape
+            bits = packing.bits if part == scheme.weight_part else None
+            tensor = Tensor(f"{module}.{scheme.parts[part]}", tensor.dtype, shape, tensor.bytes, bits)
+        tensors.append(tensor)
+    return tensors
 
 
 def _look_at_onnx(found: Inspection, directory: Path, manifest: Manifest | None) -> None:
@@ -195,7 +204,7 @@ def _model(spec: DecoderSpec, tensors: Sequence[Tensor], cache_dtype: str, max_l
         embedding_parameters=table,
         head_parameters=0 if spec.tie_word_embeddings else table,
         stored_parameters=sum(row.parameters for row in kinds) if tensors else None,
-        group_size=_group_size(tensors),
+        group_size=_group_size(tensors, spec),
         kinds=kinds,
         weights_bytes=sum(row.bytes for row in kinds),
         token_bytes=sum(row.token_bytes for row in kinds),
@@ -206,11 +215,11 @@ def _model(spec: DecoderSpec, tensors: Sequence[Tensor], cache_dtype: str, max_l
     )
 
 
-def _group_size(tensors: Sequence[Tensor]) -> int | None:
+def _group_size(tensors: Sequence[Tensor], spec: DecoderSpec) -> int | None:
     """Of the first packed linear: its weights for each of its scales."""
     scales = {t.module: math.prod(t.shape) for t in tensors if t.part == SCALE and t.module != EMBEDDING}
     packed = (t for t in tensors if t.part == PACKED and scales.get(t.module))
-    return next((2 * t.bytes // scales[t.module] for t in packed), None)
+    return next((8 * t.bytes // bits_of(t, spec) // scales[t.module] for t in packed), None)
 
 
 def _within(option: str, wanted: int | None, default: int, longest: int) -> int:

@@ -11,20 +11,32 @@ from pydantic import BaseModel
 
 from orin_kit.models.spec import EMBEDDING, HEAD, DecoderSpec
 
-# Parts of INT4 linears and tables, by the last part of the name, as compressed-tensors and the exporter call them.
+# Parts of packed linears and tables, by the last part of the name, as compressed-tensors and the exporter call them.
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
+BESIDE = (SCALE, "weight_zero_point", "weight_g_idx", "order")  # what packed weights are read with
+# Rotary frequencies of old checkpoints; scales of an int8 KV cache.
+HARMLESS = ("inv_freq", "k_scale", "v_scale", "k_zero_point", "v_zero_point")
 KINDS = ("embedding", "head", "mixer", "mlp", "norms_and_biases", "rotary", "other")
 GROUP, TABLE_GROUP = 128, 32  # what quantize and export do by default: linears, embedding
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A stored tensor; `dtype` as safetensors calls it."""
+    """A stored tensor.
+
+    Attributes:
+        name: whatever the format, packed linears' parts are called as compressed-tensors calls them.
+        dtype: as safetensors calls it.
+        shape: outputs first.
+        bytes: as stored.
+        bits: of packed weights where they are known; see `bits_of`.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    bits: int | None = None
 
     @property
     def module(self) -> str:
@@ -42,7 +54,7 @@ class KindBytes(BaseModel):
         kind: one of `KINDS`; "mixer" is what lets positions see each other, the convolution's own kernel among it.
         parameters: weights and biases, packed ones counted one by one, scales not at all.
         dtypes: of the weights, packed ones as INT4 or INT8.
-        packed_bytes, scale_bytes, plain_bytes: packed weights, their scales, everything else.
+        packed_bytes, scale_bytes, plain_bytes: packed weights, their scales, zero points and order, everything else.
         token_bytes: what one decoded token must read: of an embedding one row, unless it is the head too.
     """
 
@@ -67,11 +79,11 @@ def by_kind(tensors: Sequence[Tensor], spec: DecoderSpec) -> list[KindBytes]:
         kind = kind_of(tensor.name, spec)
         row = found.setdefault(kind, KindBytes(kind=kind))
         if tensor.part == PACKED:
-            bits = _bits(tensor, spec)
+            bits = bits_of(tensor, spec)
             row.packed_bytes += tensor.bytes
             row.parameters += tensor.bytes * 8 // bits
             _note(row.dtypes, f"INT{bits}")
-        elif tensor.part == SCALE:
+        elif tensor.part in BESIDE:
             row.scale_bytes += tensor.bytes
         else:
             row.plain_bytes += tensor.bytes
@@ -96,7 +108,7 @@ def kind_of(name: str, spec: DecoderSpec) -> str:
     layout = spec.layout
     module, _, part = re.sub(r"^model\.layers\.\d+\.", "", name).rpartition(".")
     norms = {layout.mixer_norm, layout.mlp_norm, layout.norm, "self_attn.q_norm", "self_attn.k_norm"}
-    if part not in ("weight", "bias", PACKED, SCALE):
+    if part not in ("weight", "bias", PACKED, *BESIDE):
         return "rotary" if module == "rotary" else "other"
     if part == "bias" or module in norms:
         return "norms_and_biases"
@@ -107,25 +119,12 @@ def kind_of(name: str, spec: DecoderSpec) -> str:
     return blocks.get(inside, "other") if module.count(".") == 1 else "other"
 
 
-def plain_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
-    """Every tensor of an unquantized checkpoint, name -> shape; a tied head is none."""
-    shapes: dict[str, tuple[int, ...]] = {f"{EMBEDDING}.weight": (spec.vocab_size, spec.hidden_size)}
-    for layer in range(spec.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        shapes |= {f"{prefix}.{name}.weight": shape for name, shape in spec.linear_shapes().items()}
-        shapes |= {f"{prefix}.{name}": shape for name, shape in spec.plain_shapes().items()}
-    shapes[f"{spec.layout.norm}.weight"] = (spec.hidden_size,)
-    if not spec.tie_word_embeddings:
-        shapes[f"{HEAD}.weight"] = (spec.vocab_size, spec.hidden_size)
-    return shapes
-
-
 def planned(spec: DecoderSpec, *, int4: bool, embedding_bits: int = 16) -> list[Tensor] | None:
     """The tensors that a model has in FP16, or after `quantize` and `export --activations fp16`: INT4 with its head.
 
     None where the groups do not divide the features.
     """
-    shapes = plain_shapes(spec)
+    shapes = spec.tensor_shapes()
     if not int4:
         return [Tensor(name, "F16", shape, 2 * math.prod(shape)) for name, shape in shapes.items()]
     linears = {f"model.layers.{layer}.{n}" for layer in range(spec.num_hidden_layers) for n in spec.linear_shapes()}
@@ -142,7 +141,7 @@ def planned(spec: DecoderSpec, *, int4: bool, embedding_bits: int = 16) -> list[
             tensors.append(Tensor(name, "F16", shape, 2 * math.prod(shape)))
             continue
         packed, scales = (shape[0], shape[1] * bits // 8), (shape[0], shape[1] // group)
-        tensors.append(Tensor(f"{module}.{PACKED}", "U8", packed, math.prod(packed)))
+        tensors.append(Tensor(f"{module}.{PACKED}", "U8", packed, math.prod(packed), bits))
         tensors.append(Tensor(f"{module}.{SCALE}", "F16", scales, 2 * math.prod(scales)))
     return tensors
 
@@ -157,7 +156,7 @@ def mismatches(tensors: Iterable[Tensor], rows: Sequence[KindBytes], spec: Decod
         names: also compare names and shapes, for checkpoints; in graphs q, k and v are one tensor.
     """
     said: list[str] = []
-    expected = plain_shapes(spec)
+    expected = spec.tensor_shapes()
     found = {row.kind: row.parameters for row in rows}
     if "head" in found and spec.tie_word_embeddings:  # stored beside the table all the same
         expected[f"{HEAD}.weight"] = expected[f"{EMBEDDING}.weight"]
@@ -180,8 +179,9 @@ def _compare_names(tensors: Iterable[Tensor], expected: dict[str, tuple[int, ...
     shapes: dict[str, tuple[int, ...]] = {}
     for tensor in tensors:
         if tensor.part == PACKED:
-            shapes[f"{tensor.module}.weight"] = (tensor.shape[0], 8 * tensor.shape[-1])
-        elif tensor.part not in (SCALE, SHAPE, "inv_freq"):  # old checkpoints hold the rotary frequencies
+            columns = 8 * tensor.bytes // (tensor.bits or 4) // max(1, tensor.shape[0])
+            shapes[f"{tensor.module}.weight"] = (tensor.shape[0], columns)
+        elif tensor.part not in (SHAPE, *BESIDE, *HARMLESS):
             shapes[tensor.name] = tensor.shape
     missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
     said = [f"{len(names)} tensors {what}, e.g. {names[0]}"
@@ -202,10 +202,13 @@ def _tables_apart(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [Tensor(f"{HEAD}.weight", t.dtype, t.shape, t.bytes) if t.name == table else t for t in tensors]
 
 
-def _bits(tensor: Tensor, spec: DecoderSpec) -> int:
-    """Bits of a packed weight: only the embedding may have 8."""
-    whole = spec.vocab_size * spec.hidden_size
-    return 8 if tensor.module == EMBEDDING and tensor.bytes == whole else 4
+def bits_of(tensor: Tensor, spec: DecoderSpec) -> int:
+    """Bits of a packed weight, by how many input features its rows have."""
+    if tensor.bits is not None:
+        return tensor.bits
+    linears = spec.linear_shapes()
+    narrow = (linears[name][1] for name in (spec.layout.mixer_out, spec.layout.down) if tensor.module.endswith(name))
+    return 8 * tensor.bytes // (tensor.shape[0] * next(narrow, spec.hidden_size)) if math.prod(tensor.shape) else 4
 
 
 def _note(dtypes: list[str], dtype: str) -> None:

@@ -115,6 +115,19 @@ class DecoderSpec:
                 shapes[f"{name}.bias"] = (rows,)
         return shapes
 
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of an unquantized checkpoint, name -> shape; a tied head is none."""
+        table = (self.vocab_size, self.hidden_size)
+        shapes: dict[str, tuple[int, ...]] = {f"{EMBEDDING}.weight": table}
+        for layer in range(self.num_hidden_layers):
+            prefix = f"model.layers.{layer}"
+            shapes |= {f"{prefix}.{name}.weight": shape for name, shape in self.linear_shapes().items()}
+            shapes |= {f"{prefix}.{name}": shape for name, shape in self.plain_shapes().items()}
+        shapes[f"{self.layout.norm}.weight"] = (self.hidden_size,)
+        if not self.tie_word_embeddings:
+            shapes[f"{HEAD}.weight"] = table
+        return shapes
+
     @property
     def num_parameters(self) -> int:
         """Weights and biases; a tied table counts once."""

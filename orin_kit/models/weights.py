@@ -28,14 +28,18 @@ class WeightSource:
 
     Safetensors' numpy loader has no bfloat16, hence the header is read here and the data mapped.
 
+    Args:
+        directory: where the files lie.
+        single: what the file is called when there is one; shards are found by their index.
+
     Raises:
         ArtifactError: no weights, a shard missing, a file cut short or with a broken header.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, single: str = SINGLE) -> None:
         self.directory = Path(directory)
         self._where: dict[str, tuple[Path, int, dict[str, Any]]] = {}  # name -> file, start of data, header entry
-        for file in _files(self.directory):
+        for file in _files(self.directory, single):
             header, start = _header(file)
             for name, entry in header.items():
                 self._where[name] = (file, start, entry)
@@ -81,14 +85,13 @@ def has_weights(directory: str | Path) -> bool:
     return any((Path(directory) / name).is_file() for name in (SINGLE, INDEX))
 
 
-def _files(directory: Path) -> list[Path]:
+def _files(directory: Path, single: str) -> list[Path]:
     index = directory / INDEX
     if not index.is_file():
-        single = directory / SINGLE
-        if not single.is_file():
+        if not (directory / single).is_file():
             mend = "orin-kit reads safetensors only; convert .bin checkpoints with transformers' save_pretrained"
-            raise ArtifactError(f"no {SINGLE} or {INDEX} in {directory}", mend=mend)
-        return [single]
+            raise ArtifactError(f"no {single} or {INDEX} in {directory}", mend=mend)
+        return [directory / single]
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:

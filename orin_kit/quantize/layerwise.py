@@ -6,16 +6,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from orin_kit.models.checkpoint import Checkpoint
 from orin_kit.models.spec import EMBEDDING, HEAD
-from orin_kit.quantize.checkpoint import Checkpoint
 
 BATCH_TOKENS = 2048  # that go through a layer together
+ATTENTION = "sdpa"  # of transformers' attention functions
 
 
 class LayerwiseDecoder:
-    """The layers of a checkpoint in fp32; INT4 weights are dequantized.
+    """The layers of a checkpoint in fp32; packed weights are dequantized.
 
     Hidden states stay on the CPU between layers, `[rows, length, hidden]`. Rows are attended causally and without a
     mask, so padding belongs on the right.
@@ -32,14 +34,19 @@ class LayerwiseDecoder:
             del config.quantization_config  # the layers are built plain
         with torch.device("meta"):
             build: Any = AutoModelForCausalLM.from_config
-            skeleton = build(config, dtype=torch.float32, attn_implementation="sdpa")
+            skeleton = build(config, dtype=torch.float32, attn_implementation=ATTENTION)
         self._decoder = skeleton.eval().model
         # Its frequencies are no weights, so they are not on disk: made again, off the meta device.
         self._rotary = type(self._decoder.rotary_emb)(config=config).to(self.device)
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token ids int64 `[rows, length]` -> hidden states; only the rows of the table that are asked for are read."""
-        table = self.checkpoint.tensor(f"{EMBEDDING}.weight")
+    def embed(self, ids: torch.Tensor, table: NDArray[Any] | None = None) -> torch.Tensor:
+        """Token ids int64 `[rows, length]` -> hidden states; only the rows of the table that are asked for are read.
+
+        Args:
+            ids: what to look up.
+            table: instead of the checkpoint's embedding `[vocab, hidden]`.
+        """
+        table = self.checkpoint.tensor(f"{EMBEDDING}.weight") if table is None else table
         wanted, places = torch.unique(ids, return_inverse=True)
         return torch.from_numpy(table[wanted.numpy()].astype("float32"))[places]
 

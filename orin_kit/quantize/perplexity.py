@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from orin_kit.data.packing import IGNORE, Example, collate
 from orin_kit.errors import UserError
-from orin_kit.quantize.checkpoint import Checkpoint
+from orin_kit.models.checkpoint import Checkpoint
+from orin_kit.quantize.kv_scales import caching, int8_store
 from orin_kit.quantize.layerwise import LayerwiseDecoder
 
 HEAD_TOKENS = 256  # whose logits are in memory together: [256, vocab] fp32
@@ -22,10 +24,11 @@ def perplexity(
 ) -> float:
     """exp of the mean negative log likelihood of every `trained` token given all tokens before it in its example.
 
-    Computed in fp32, one decoder layer in memory at a time; INT4 checkpoints are dequantized.
+    Computed in fp32, one decoder layer in memory at a time; packed checkpoints are dequantized. Keys and values are
+    rounded to int8 where the checkpoint has scales for them.
 
     Args:
-        directory: a checkpoint, plain or INT4.
+        directory: a checkpoint, plain or quantized.
         examples: chats as tokens, none longer than the model's context.
         on_layer: called after each decoder layer, for progress.
 
@@ -41,9 +44,10 @@ def perplexity(
         raise UserError("no assistant tokens to measure perplexity on", mend="give longer samples or other chats")
     hidden = decoder.embed(torch.from_numpy(batch.input_ids))
     for index in range(decoder.checkpoint.spec.num_hidden_layers):
-        layer = decoder.layer(index)
-        for rows, out in decoder.run(layer, hidden):
-            hidden[rows] = out
+        layer, scales = decoder.layer(index), decoder.checkpoint.kv_scales(index)
+        with nullcontext() if scales is None else caching(int8_store(*scales)):
+            for rows, out in decoder.run(layer, hidden):
+                hidden[rows] = out
         if on_layer is not None:
             on_layer()
     hidden, labels = hidden[asked], labels[asked]

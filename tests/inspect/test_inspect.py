@@ -24,9 +24,10 @@ from orin_kit.inspect import tensors as tensors_module
 from orin_kit.inspect.inspect import inspect
 from orin_kit.inspect.inspection import Inspection
 from orin_kit.manifest import read_manifest, write_artifact
+from orin_kit.models.formats.compressed_tensors import WeightScheme
 from orin_kit.models.spec import read_spec
-from orin_kit.quantize.checkpoint import plan, sections
 from orin_kit.quantize.quantize import quantize
+from orin_kit.quantize.sections import plan, sections
 from orin_kit.quantize.tensor_files import TensorFiles
 from orin_kit.runtime.backends.onnx import OnnxBackend
 
@@ -161,7 +162,7 @@ def test_what_the_plan_says_is_what_quantize_writes() -> None:
         assert mine is not None
         theirs = {
             name: int(np.prod(shape)) * np.dtype(dtype).itemsize
-            for name, (dtype, shape) in plan(sections(spec, lm_head=True), 128).items()
+            for name, (dtype, shape) in plan(sections(spec, WeightScheme(), WeightScheme())).items()
             if not name.endswith("weight_shape")
         }
         assert {t.name: t.bytes for t in mine} == theirs
@@ -177,7 +178,7 @@ def test_a_whole_7b_checkpoint_is_looked_at_without_reading_it(tmp_path: Path) -
     config = json.loads((CONFIGS / "Qwen2.5-7B-Instruct/config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
     spec = read_spec(tmp_path)
-    shapes = tensors_module.plain_shapes(spec)
+    shapes = spec.tensor_shapes()
     files = TensorFiles(tmp_path, {name: (np.float16, shape) for name, shape in shapes.items()})
     assert list(tmp_path.glob("model-0000?-of-00004.safetensors"))
     found = inspect(tmp_path)
