@@ -12,27 +12,40 @@ each row that are no padding.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
 from orin_kit.export.dialect import FLOATS, Dialect, Graph
+from orin_kit.export.options import GraphOptions
 from orin_kit.export.tensors import DecoderTensors, Linear
+from orin_kit.models.fused import fused_linears, fused_shape, lora_names
+
+PLAIN = GraphOptions()
 
 
 def build_decoder(
-    tensors: DecoderTensors, dialect: type[Dialect], *, activations: str, max_positions: int, embedding_bits: int = 16
+    tensors: DecoderTensors,
+    dialect: type[Dialect],
+    *,
+    activations: str,
+    max_positions: int,
+    embedding_bits: int = 16,
+    options: GraphOptions = PLAIN,
 ) -> ir.Model:
     """Build the decoder of a checkpoint; weights are read when the model is saved.
 
     Args:
         tensors: the checkpoint.
         dialect: whose operators to use.
-        activations: "fp32" or "fp16", also of the cache and of weights that are not packed.
+        activations: "fp32", "fp16" or "bf16", also of the cache and of weights that are not packed.
         max_positions: the longest context.
         embedding_bits: 16 keeps the table as stored, 8 and 4 quantize it group-wise.
+        options: the rest; see `GraphOptions`.
     """
     build = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports=dict(dialect.opsets), name="decoder"))
-    graph = Graph(build, tensors, FLOATS[activations], max_positions, embedding_bits)
+    graph = Graph(build, tensors, FLOATS[activations], max_positions, embedding_bits, options)
     positions = build.input("logit_positions", ir.DataType.INT64, ["batch", "logits"])
     block = dialect(graph)
     spec = tensors.spec
@@ -43,11 +56,12 @@ def build_decoder(
     norms = [f"model.layers.{layer}.{layout.mixer_norm}" for layer in range(spec.num_hidden_layers)] + [layout.norm]
     x = block.norm(residual, norms[0])
     for layer in range(spec.num_hidden_layers):
-        x = mix(block.linear(x, _linear(tensors, layer, *layout.mixer_in, together="qkv_proj")), layer)
-        x = block.linear(x, _linear(tensors, layer, layout.mixer_out))
+        linears = iter(_linears(tensors, layer))
+        x = mix(_adapted(block, graph, x, next(linears)), layer)
+        x = _adapted(block, graph, x, next(linears))
         x, residual = block.add_norm(x, residual, f"model.layers.{layer}.{layout.mlp_norm}")
-        x = block.gate(block.linear(x, _linear(tensors, layer, layout.gate, layout.up, together="gate_up_proj")))
-        x = block.linear(x, _linear(tensors, layer, layout.down))
+        x = _gated(block, graph, x, next(linears))
+        x = _adapted(block, graph, x, next(linears))
         x, residual = block.add_norm(x, residual, norms[layer + 1])
 
     wanted = graph.op.GatherND(x, graph.op.Unsqueeze(positions, [2]), batch_dims=1)
@@ -58,17 +72,38 @@ def build_decoder(
     return ir.Model(build.graph, ir_version=10, producer_name="orin-kit")
 
 
-def _linear(tensors: DecoderTensors, layer: int, *parts: str, together: str = "") -> Linear:
-    """A layer's linear, or several side by side, called `together` in the graph."""
-    shapes = [tensors.spec.linear_shapes()[part] for part in parts]
+def _linears(tensors: DecoderTensors, layer: int) -> Iterator[Linear]:
+    """A layer's linears in order of use: into the mixer, out of it, gate and up, down."""
     prefix = f"model.layers.{layer}"
-    name = parts[0] if len(parts) == 1 else f"{parts[0].rpartition('.')[0]}.{together}"
-    return tensors.linear(
-        f"{prefix}.{name}",
-        *(f"{prefix}.{part}" for part in parts),
-        out_features=sum(out for out, _ in shapes),
-        in_features=shapes[0][1],
-    )
+    for name, parts in fused_linears(tensors.spec.layout).items():
+        rows, columns = fused_shape(tensors.spec, parts)
+        names = [f"{prefix}.{part}" for part in parts]
+        yield tensors.linear(f"{prefix}.{name}", *names, out_features=rows, in_features=columns)
+
+
+def _adapted(block: Dialect, graph: Graph, x: ir.Value, linear: Linear) -> ir.Value:
+    """A linear, and what a LoRA adapter adds to it where it may: `x A B`, inputs `[in, rank]` and `[rank, out]`.
+
+    An input of rank 0 adds nothing. Adapters of parts side by side are side by side in A, and in B each fills the rows
+    of its rank and the columns of its part (https://arxiv.org/abs/2106.09685; `runtime/lora.py` makes them).
+    """
+    y = block.linear(x, linear)
+    if not _has_adapter(graph, linear):
+        return y
+    rank = f"rank.{linear.name}"
+    down, up = lora_names(linear.name)
+    a = graph.build.input(down, graph.dtype, [linear.in_features, rank])
+    b = graph.build.input(up, graph.dtype, [rank, linear.out_features])
+    return graph.op.Add(y, graph.op.MatMul(graph.op.MatMul(x, a), b))
+
+
+def _gated(block: Dialect, graph: Graph, x: ir.Value, linear: Linear) -> ir.Value:
+    """Gate and up and what becomes of them; an adapter comes in between."""
+    return block.gate(_adapted(block, graph, x, linear)) if _has_adapter(graph, linear) else block.gated(x, linear)
+
+
+def _has_adapter(graph: Graph, linear: Linear) -> bool:
+    return bool({part.rpartition(".")[2] for part in linear.parts} & set(graph.options.lora_targets))
 
 
 def _logits_first(graph: ir.Graph) -> None:

@@ -11,10 +11,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnxscript import GraphBuilder
 
+from orin_kit.export.options import GraphOptions
 from orin_kit.export.tensors import DecoderTensors, Linear
 from orin_kit.models.spec import EMBEDDING
 
-FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
+FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+SAME_BYTES = "same_bytes"  # in an initializer's `meta`: the name of another one that holds its data
 
 
 class Dialect(Protocol):
@@ -24,6 +26,7 @@ class Dialect(Protocol):
     """
 
     opsets: Mapping[str, int]
+    ties: bool  # can read the embedding from the packed head's own bytes (`GraphOptions.tied_table`)
 
     def __init__(self, graph: Graph) -> None: ...
 
@@ -57,6 +60,10 @@ class Dialect(Protocol):
         """`silu(gate) * up` of the two halves."""
         ...
 
+    def gated(self, x: ir.Value, linear: Linear) -> ir.Value:
+        """`gate(linear(x))`, which a dialect may fuse."""
+        ...
+
 
 class Ops:
     """One operator set of a graph under construction, with types: `ops.MatMul(x, w)` is the node's output."""
@@ -86,15 +93,24 @@ class Graph:
         past: past_lengths int64 `[batch]`, tokens in each row's cache before this call.
         max_positions: rows of the rotary tables, the longest context the graph can do.
         embedding_bits: 16 (as stored), 8 or 4.
+        options: the rest of what was asked for.
+        cache_dtype: of keys and values in the cache.
     """
 
     def __init__(
-        self, build: GraphBuilder, tensors: DecoderTensors, dtype: ir.DataType, max_positions: int, embedding_bits: int
+        self,
+        build: GraphBuilder,
+        tensors: DecoderTensors,
+        dtype: ir.DataType,
+        max_positions: int,
+        embedding_bits: int,
+        options: GraphOptions,
     ) -> None:
         self.build, self.tensors, self.dtype = build, tensors, dtype
         self.op, self.ms = Ops(build.op), Ops(build.opset("com.microsoft", 1))
         self.spec = tensors.spec
-        self.max_positions, self.embedding_bits = max_positions, embedding_bits
+        self.max_positions, self.embedding_bits, self.options = max_positions, embedding_bits, options
+        self.cache_dtype = ir.DataType.INT8 if options.kv_bits == 8 else dtype
         self.ids = build.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
         self.past = build.input("past_lengths", ir.DataType.INT64, ["batch"])
 
@@ -122,6 +138,14 @@ class Graph:
 
         return self.build.initializer(ir.LazyTensor(tensor, dtype, ir.Shape(shape), name=name), name)
 
+    def same_bytes(self, name: str, shape: tuple[int, ...], other: ir.Value) -> ir.Value:
+        """An initializer of another shape over the bytes of `other`, which a file holds once (see `save.py`)."""
+        assert other.const_value is not None and other.dtype is not None
+        tensor = ir.LazyTensor(lambda: _reshaped(other.const_value, shape), other.dtype, ir.Shape(shape), name=name)
+        value = self.build.initializer(tensor, name)
+        value.meta[SAME_BYTES] = other.name
+        return value
+
     def constant(self, values: Sequence[int]) -> ir.Value:
         """An int64 vector."""
         return self.op.Constant(value_ints=list(values))
@@ -130,7 +154,7 @@ class Graph:
         """The table `[vocab, hidden]`: in the activations' dtype, or fp16 in an INT4 model with a head of its own."""
         spec, tensors = self.spec, self.tensors
         shared = tensors.head().parts == (EMBEDDING,)
-        dtype = self.dtype if shared or not tensors.int4 else ir.DataType.FLOAT16
+        dtype = self.dtype if shared or not tensors.is_quantized else ir.DataType.FLOAT16
         return self.weight(f"{EMBEDDING}.weight", (spec.vocab_size, spec.hidden_size), tensors.embedding, dtype)
 
     def norm_weight(self, name: str, features: int) -> ir.Value:
@@ -146,8 +170,8 @@ class Graph:
             return None
         return self.weight(f"{linear.name}.bias", (linear.out_features,), lambda: self.tensors.bias(linear))
 
-    def rotary_tables(self) -> tuple[ir.Value, ir.Value]:
-        """cos and sin `[max_positions, head_dim / 2]`."""
+    def rotary_tables(self, dtype: ir.DataType | None = None) -> tuple[ir.Value, ir.Value]:
+        """cos and sin `[max_positions, head_dim / 2]`, in the activations' dtype when none is given."""
         shape = (self.max_positions, self.spec.head_dim // 2)
 
         def table(index: int) -> Callable[[], NDArray[Any]]:
@@ -155,18 +179,34 @@ class Graph:
             rope = self.spec.rope
             return lambda: rope.cos_sin(self.max_positions, self.spec.head_dim)[index]
 
-        return self.weight("rotary.cos", shape, table(0)), self.weight("rotary.sin", shape, table(1))
+        return self.weight("rotary.cos", shape, table(0), dtype), self.weight("rotary.sin", shape, table(1), dtype)
 
     def cache(self, layer: int) -> tuple[ir.Value, ir.Value]:
         """The layer's key and value cache inputs `[batch, kv_heads, max_len, head_dim]`."""
         names = cache_names("past_key_values", layer)
-        key, value = (self.build.input(name, self.dtype, self._cache_shape()) for name in names)
+        key, value = (self.build.input(name, self.cache_dtype, self._cache_shape()) for name in names)
         return key, value
 
     def output_cache(self, layer: int, key: ir.Value, value: ir.Value) -> None:
         for name, output in zip(cache_names("present", layer), (key, value), strict=True):
-            output.type, output.shape = ir.TensorType(self.dtype), ir.Shape(self._cache_shape())
+            output.type, output.shape = ir.TensorType(self.cache_dtype), ir.Shape(self._cache_shape())
             self.build.add_output(output, name)
+
+    def kv_scales(self, layer: int) -> tuple[ir.Value, ir.Value] | None:
+        """Scales of an int8 cache's keys and values, fp32 `[1, kv_heads, 1, head_dim]`; None for other caches."""
+        if self.options.kv_bits != 8:
+            return None
+        spec, name = self.spec, f"model.layers.{layer}.self_attn"
+        shape = (1, spec.num_key_value_heads, 1, spec.head_dim)
+
+        def scale(index: int) -> Callable[[], NDArray[Any]]:
+            return lambda: _scales(self.tensors, layer)[index].reshape(shape)
+
+        key, value = (
+            self.weight(f"{name}.{part}", shape, scale(index), ir.DataType.FLOAT)
+            for index, part in enumerate(("k_scale", "v_scale"))
+        )
+        return key, value
 
     @cached_property
     def input_lengths(self) -> ir.Value:
@@ -183,10 +223,10 @@ class Graph:
         """The layer's depthwise convolution: weight `[hidden, 1, conv_kernel_size]`, and its bias `[hidden]`."""
         spec, name = self.spec, f"model.layers.{layer}.{self.spec.layout.conv}"
         shape = (spec.hidden_size, 1, spec.conv_kernel_size)
-        weight = self.weight(f"{name}.weight", shape, lambda: self.tensors.conv(name))
+        weight = self.weight(f"{name}.weight", shape, lambda: self.tensors.vector(name))
         if not spec.conv_bias:
             return weight, None
-        return weight, self.weight(f"{name}.bias", shape[:1], lambda: self.tensors.source.float32(f"{name}.bias"))
+        return weight, self.weight(f"{name}.bias", shape[:1], lambda: self.tensors.checkpoint.float32(f"{name}.bias"))
 
     def conv_state(self, layer: int) -> ir.Value:
         """The layer's state input `[batch, hidden, conv_kernel_size - 1]`, the oldest first."""
@@ -201,6 +241,17 @@ class Graph:
 
     def _cache_shape(self) -> list[int | str]:
         return ["batch", self.spec.num_key_value_heads, "max_len", self.spec.head_dim]
+
+
+def _scales(tensors: DecoderTensors, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    scales = tensors.checkpoint.kv_scales(layer)
+    assert scales is not None, "export() checks that there are scales"
+    return scales
+
+
+def _reshaped(tensor: ir.TensorProtocol | None, shape: tuple[int, ...]) -> ir.TensorProtocol:
+    assert tensor is not None
+    return ir.tensor(tensor.numpy().reshape(shape))
 
 
 def cache_names(prefix: str, layer: int) -> tuple[str, str]:

@@ -13,9 +13,7 @@ from transformers import PreTrainedModel
 
 from families import first_step, save_model
 from orin_kit.export.export import export
-from orin_kit.models.weights import WeightSource
-from orin_kit.quantize.compressed import read_packed
-from orin_kit.quantize.int4 import dequantize, unpack
+from orin_kit.models.checkpoint import Checkpoint
 from orin_kit.quantize.quantize import quantize
 from orin_kit.runtime.runtime import open_runtime
 
@@ -28,13 +26,12 @@ def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     home = tmp_path_factory.mktemp(request.param)
     model = save_model(home / "hf", request.param)
     quantize(home / "hf", home / "int4", method="rtn", group_size=GROUP, perplexity=False, embedding_bits=8)
-    source = WeightSource(home / "int4")
+    checkpoint = Checkpoint(home / "int4")
     with torch.no_grad():
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # no longer the embedding
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear):
-                packed = read_packed(source, name)
-                module.weight.copy_(torch.from_numpy(dequantize(unpack(packed.packed), packed.scales, GROUP)))
+                module.weight.copy_(torch.from_numpy(checkpoint.packed(name).dense()))
         for name, parameter in model.named_parameters():
             if parameter.ndim != 2 or "embed" in name:  # stored in fp16
                 parameter.copy_(parameter.half().float())

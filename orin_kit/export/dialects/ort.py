@@ -15,19 +15,21 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from orin_kit.export.dialect import Graph
+from orin_kit.export.dialects import matmulnbits
 from orin_kit.export.tensors import Linear
+from orin_kit.models.packing import PackedWeight
 from orin_kit.models.spec import EMBEDDING
-from orin_kit.quantize.int4 import matmulnbits_blob, pack, quantize_groups
+from orin_kit.quantize.int4 import quantize_groups
 
-# MatMulNBits: 4 = activations quantized to int8 within each block, the fast path of the CPU provider.
-ACCURACY_LEVEL = 4
 EMBEDDING_GROUP = 32
+INT8_CACHE = MappingProxyType({"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"})
 
 
 class OrtDialect:
     """See `Dialect`. Runs on the CPU and CUDA providers."""
 
     opsets: Mapping[str, int] = MappingProxyType({"": 21, "com.microsoft": 1})
+    ties = True
 
     def __init__(self, graph: Graph) -> None:
         self.graph, self.op, self.ms = graph, graph.op, graph.ms
@@ -39,6 +41,8 @@ class OrtDialect:
 
     def embed(self, ids: ir.Value) -> ir.Value:
         graph, spec = self.graph, self.graph.spec
+        if graph.options.tied_table:
+            return self._embed_from_head(ids)
         if graph.embedding_bits == 16:
             rows = self.op.Gather(graph.embedding_table(), ids)
             return self.op.Cast(rows, to=graph.dtype)
@@ -73,32 +77,33 @@ class OrtDialect:
             y = self.op.MatMul(x, graph.dense_weight(linear))
             bias = graph.bias(linear)
             return y if bias is None else self.op.Add(y, bias)
-        n, k, group = linear.out_features, linear.in_features, linear.group_size
-        blob, scales = f"{linear.name}.weight_packed", f"{linear.name}.weight_scale"
+        if linear.has_order:
+            # Act-order: the columns are the input features in another order, so the features follow it.
+            shape = (linear.in_features,)
+            order = graph.weight(f"{linear.name}.order", shape, lambda: self._order(linear), ir.DataType.INT32)
+            x = self.op.Gather(x, order, axis=-1)
         return self.ms.MatMulNBits(
             x,
-            graph.weight(
-                blob,
-                (n, k // group, group // 2),
-                lambda: matmulnbits_blob(graph.tensors.packed(linear)[0], group),
-                ir.DataType.UINT8,
-            ),
-            graph.weight(scales, (n, k // group), lambda: graph.tensors.packed(linear)[1]),
-            None,
+            self._codes(linear),
+            self._scales(linear),
+            self._zero_points(linear),
             None,
             graph.bias(linear),
-            N=n,
-            K=k,
-            bits=4,
-            block_size=group,
-            accuracy_level=ACCURACY_LEVEL,
+            N=linear.out_features,
+            K=linear.in_features,
+            bits=linear.bits,
+            block_size=_block(linear),
+            accuracy_level=graph.options.accuracy_level,
         )
 
     def attention(self, qkv: ir.Value, layer: int) -> ir.Value:
         graph, spec = self.graph, self.graph.spec
         key, value = graph.cache(layer)
         cos, sin = graph.rotary_tables()
+        # The operator could norm the heads itself (q_norm_weight), but not on the CPU provider.
         query, fresh_key, fresh_value = self._split(qkv, layer) if spec.qk_norm else (qkv, None, None)
+        scales = graph.kv_scales(layer)
+        quantized: Mapping[str, Any] = {} if scales is None else INT8_CACHE
         attended, key, value = self.ms.several(
             "GroupQueryAttention",
             3,
@@ -111,10 +116,12 @@ class OrtDialect:
             self.total,
             cos,
             sin,
+            *(() if scales is None else (None, None, None, *scales)),
             num_heads=spec.num_attention_heads,
             kv_num_heads=spec.num_key_value_heads,
             do_rotary=1,
             rotary_interleaved=0,
+            **quantized,
         )
         graph.output_cache(layer, key, value)
         return attended
@@ -137,6 +144,58 @@ class OrtDialect:
     def gate(self, gate_up: ir.Value) -> ir.Value:
         gate, up = self.op.several("Split", 2, gate_up, num_outputs=2, axis=-1)
         return self.op.Mul(self.ms.QuickGelu(gate, alpha=1.0), up)  # x * sigmoid(1.0 x) is SiLU
+
+    def gated(self, x: ir.Value, linear: Linear) -> ir.Value:
+        return self.gate(self.linear(x, linear))
+
+    def _embed_from_head(self, ids: ir.Value) -> ir.Value:
+        """Rows of the packed head: GatherBlockQuantized reads MatMulNBits' bytes in two dimensions instead of three."""
+        head, spec = self.graph.tensors.head(), self.graph.spec
+        assert head.bits is not None
+        shape = (spec.vocab_size, spec.hidden_size * head.bits // 8)
+        return self.ms.GatherBlockQuantized(
+            self.graph.same_bytes(f"{EMBEDDING}.weight_packed", shape, self._codes(head)),
+            ids,
+            self._scales(head),
+            self._zero_points(head),
+            bits=head.bits,
+            block_size=_block(head),
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    def _codes(self, linear: Linear) -> ir.Value:
+        assert linear.bits is not None
+        block = _block(linear)
+        shape = (linear.out_features, linear.in_features // block, block * linear.bits // 8)
+        name = f"{linear.name}.weight_packed"
+        return self.graph.weight(name, shape, lambda: matmulnbits.blob(self._in_blocks(linear)), ir.DataType.UINT8)
+
+    def _scales(self, linear: Linear) -> ir.Value:
+        shape = (linear.out_features, linear.in_features // _block(linear))
+        return self.graph.weight(f"{linear.name}.weight_scale", shape, lambda: self._in_blocks(linear).scales)
+
+    def _order(self, linear: Linear) -> NDArray[np.int32]:
+        order = self.graph.tensors.packed(linear).order
+        assert order is not None, "has_order says so"
+        return order
+
+    def _zero_points(self, linear: Linear) -> ir.Value | None:
+        if not linear.has_zero_points:
+            return None
+        assert linear.bits is not None
+        blocks = linear.in_features // _block(linear)
+        shape = (linear.out_features, (blocks * linear.bits + 7) // 8)
+
+        def points() -> NDArray[np.uint8]:
+            packed = matmulnbits.zero_points(self._in_blocks(linear))
+            assert packed is not None, "has_zero_points says so"
+            return packed
+
+        return self.graph.weight(f"{linear.name}.weight_zero_point", shape, points, ir.DataType.UINT8)
+
+    def _in_blocks(self, linear: Linear) -> PackedWeight:
+        return matmulnbits.in_blocks(self.graph.tensors.packed(linear))
 
     def _rms(self, x: ir.Value, weight: str, features: int) -> ir.Value:
         # onnxruntime keeps this operator of its own in the standard domain.
@@ -162,7 +221,10 @@ class OrtDialect:
         """The embedding quantized: uint8 `[vocab, hidden * bits / 8]`, scales `[vocab, hidden / EMBEDDING_GROUP]`."""
         bits = self.graph.embedding_bits
         table = np.asarray(self.graph.tensors.embedding(), np.float32)
-        q, scales = quantize_groups(table, EMBEDDING_GROUP, bits=bits)
-        if bits == 4:
-            return pack(q).view(np.uint8), scales
-        return (q.astype(np.int16) + 128).astype(np.uint8), scales
+        packed = quantize_groups(table, EMBEDDING_GROUP, bits=bits)
+        return packed.packed.view(np.uint8), packed.scales
+
+
+def _block(linear: Linear) -> int:
+    assert linear.group_size is not None
+    return matmulnbits.block_size(linear.group_size)

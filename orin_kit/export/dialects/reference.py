@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from orin_kit.errors import UserError
+from orin_kit.export import standard
 from orin_kit.export.dialect import Graph
 from orin_kit.export.tensors import Linear
 from orin_kit.models.spec import EMBEDDING
@@ -21,6 +22,7 @@ class ReferenceDialect:
     """See `Dialect`. Plain and slow: the mask is explicit and covers the whole cache."""
 
     opsets: Mapping[str, int] = MappingProxyType({"": 24})
+    ties = False
 
     def __init__(self, graph: Graph) -> None:
         self.graph, self.op = graph, graph.op
@@ -61,27 +63,22 @@ class ReferenceDialect:
         query = self._rotate(self._heads(query, spec.num_attention_heads), f"{name}.q_norm")
         key = self._rotate(self._heads(key, spec.num_key_value_heads), f"{name}.k_norm")
         past_key, past_value = graph.cache(layer)
-        keys = op.TensorScatter(past_key, key, graph.past, axis=2)
+        key_scale, value_scale = graph.kv_scales(layer) or (None, None)
         heads = op.Transpose(self._heads(value, spec.num_key_value_heads), perm=[0, 2, 1, 3])
-        values = op.TensorScatter(past_value, heads, graph.past, axis=2)
-        graph.output_cache(layer, keys, values)
+        present_key, keys = self._extend(past_key, key, key_scale)
+        present_value, values = self._extend(past_value, heads, value_scale)
+        graph.output_cache(layer, present_key, present_value)
         out = op.Attention(query, keys, values, self._mask(past_key))
         return op.Reshape(op.Transpose(out, perm=[0, 2, 1, 3]), [0, 0, spec.q_size])
 
     def conv(self, bcx: ir.Value, layer: int) -> ir.Value:
-        graph, op = self.graph, self.op
-        b, c, x = op.several("Split", 3, bcx, num_outputs=3, axis=-1)
-        past = op.Transpose(graph.conv_state(layer), perm=[0, 2, 1])
-        seen = op.Concat(past, op.Mul(b, x), axis=1)  # [batch, state + sequence, hidden]
-        weight, bias = graph.conv_weight(layer)
-        convolved = op.Conv(op.Transpose(seen, perm=[0, 2, 1]), weight, bias, group=graph.spec.hidden_size)
-        state = op.GatherND(seen, graph.state_positions, batch_dims=1)
-        graph.output_conv_state(layer, op.Transpose(state, perm=[0, 2, 1]))
-        return op.Mul(c, op.Transpose(convolved, perm=[0, 2, 1]))
+        return standard.conv(self.graph, bcx, layer)
 
     def gate(self, gate_up: ir.Value) -> ir.Value:
-        gate, up = self.op.several("Split", 2, gate_up, num_outputs=2, axis=-1)
-        return self.op.Mul(self.op.Mul(gate, self.op.Sigmoid(gate)), up)
+        return standard.silu_gate(self.graph, gate_up)
+
+    def gated(self, x: ir.Value, linear: Linear) -> ir.Value:
+        return self.gate(self.linear(x, linear))
 
     def _rms(self, x: ir.Value, weight: str, features: int) -> ir.Value:
         scale = self.graph.norm_weight(weight, features)
@@ -98,6 +95,17 @@ class ReferenceDialect:
         cos, sin = self.graph.rotary_tables()
         return self.op.RotaryEmbedding(self.op.Transpose(heads, perm=[0, 2, 1, 3]), cos, sin, self.positions)
 
+    def _extend(self, past: ir.Value, fresh: ir.Value, scale: ir.Value | None) -> tuple[ir.Value, ir.Value]:
+        """A cache with its new rows, as it is stored and as numbers; int8 where there is a scale."""
+        op, graph = self.op, self.graph
+        if scale is None:
+            stored = op.TensorScatter(past, fresh, graph.past, axis=2)
+            return stored, stored
+        steps = op.Round(op.Div(op.Cast(fresh, to=ir.DataType.FLOAT), scale))
+        codes = op.Cast(op.Clip(steps, -128.0, 127.0), to=ir.DataType.INT8)
+        stored = op.TensorScatter(past, codes, graph.past, axis=2)
+        return stored, op.Cast(op.Mul(op.Cast(stored, to=ir.DataType.FLOAT), scale), to=graph.dtype)
+
     def _mask(self, cache: ir.Value) -> ir.Value:
         """Bool `[batch, 1, sequence, max_len]`: a position sees itself and what came before it."""
         if self.mask is None:
@@ -112,10 +120,10 @@ class ReferenceDialect:
         q = graph.weight(
             f"{linear.name}.weight_packed",
             (n, k),
-            lambda: graph.tensors.packed(linear)[0].view(np.uint8) ^ 0x88,  # offset 8 to two's complement
+            lambda: graph.tensors.packed(linear).packed.view(np.uint8) ^ 0x88,  # offset 8 to two's complement
             ir.DataType.INT4,
         )
         scales = graph.weight(
-            f"{linear.name}.weight_scale", (n, k // group_size), lambda: graph.tensors.packed(linear)[1]
+            f"{linear.name}.weight_scale", (n, k // group_size), lambda: graph.tensors.packed(linear).scales
         )
         return self.op.DequantizeLinear(q, scales, axis=1, block_size=group_size)
