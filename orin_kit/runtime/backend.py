@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from orin_kit.runtime.lora import Adapter
+
 
 class Backend(Protocol):
     """A decoder with its cache, preallocated for `batch_size` rows of `max_len` tokens.
@@ -61,6 +63,14 @@ class Backend(Protocol):
 
     def reset(self, batch_size: int | None = None) -> None:
         """Empty the cache, and reallocate it when `batch_size` changes."""
+        ...
+
+    def set_adapter(self, adapter: Adapter | None) -> None:
+        """Use a LoRA adapter from here on, or none. Empties the cache, whose tokens were read with another.
+
+        Raises:
+            UserError: it changes a linear that the graph has no input for; nothing has changed then.
+        """
         ...
 
     def memory(self) -> dict[str, int]:

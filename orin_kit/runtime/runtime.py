@@ -8,7 +8,9 @@ from pathlib import Path
 
 from orin_kit.errors import UserError
 from orin_kit.manifest import Manifest, read_manifest
+from orin_kit.models.spec import read_spec
 from orin_kit.runtime.backend import Backend
+from orin_kit.runtime.lora import load_adapter
 from orin_kit.tokenizer import ChatTokenizer
 
 DEFAULT_MAX_LEN = 1024
@@ -32,6 +34,16 @@ class Runtime:
     tokenizer: ChatTokenizer
     load_seconds: float
 
+    def set_adapter(self, directory: str | Path | None) -> None:
+        """Use the LoRA adapter that PEFT saved in a directory from here on, or none; empties the cache.
+
+        Raises:
+            ArtifactError: the adapter is broken or belongs to another model.
+            UnsupportedModelError: it is more than plain LoRA.
+            UserError: it changes linears that were not among `--lora-targets` at export.
+        """
+        self.backend.set_adapter(None if directory is None else load_adapter(directory, read_spec(self.directory)))
+
 
 def open_runtime(
     directory: str | Path,
@@ -40,6 +52,7 @@ def open_runtime(
     batch_size: int = 1,
     threads: int | None = None,
     provider: str = "cpu",
+    adapter: str | Path | None = None,
 ) -> Runtime:
     """Open an ONNX artifact.
 
@@ -49,10 +62,11 @@ def open_runtime(
         batch_size: rows of the cache.
         threads: CPU threads; all the process may use when None.
         provider: "cpu" or "cuda".
+        adapter: a LoRA adapter to begin with; see `Runtime.set_adapter`.
 
     Raises:
         ArtifactError: the directory is not a whole ONNX artifact.
-        UserError: `max_len` is longer than the artifact allows.
+        UserError: `max_len` is longer than the artifact allows, or the provider cannot run it.
     """
     directory = Path(directory)
     manifest = read_manifest(directory, "onnx")
@@ -72,4 +86,7 @@ def open_runtime(
         threads=threads,
         provider=provider,
     )
-    return Runtime(directory, manifest, backend, tokenizer, time.perf_counter() - started)
+    runtime = Runtime(directory, manifest, backend, tokenizer, time.perf_counter() - started)
+    if adapter is not None:
+        runtime.set_adapter(adapter)
+    return runtime

@@ -13,9 +13,13 @@ from numpy.typing import NDArray
 
 from orin_kit.errors import ArtifactError, OrinKitError, UserError
 from orin_kit.manifest import ONNX_DATA, ONNX_MODEL
+from orin_kit.runtime.lora import Adapter, check_fits
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-ELEMENT = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+# numpy's types, and ONNX's number of the one that numpy lacks.
+ELEMENT: dict[str, Any] = {
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(bfloat16)": 16, "tensor(int8)": np.int8,
+}  # fmt: skip
 
 
 class OnnxBackend:
@@ -29,7 +33,7 @@ class OnnxBackend:
         provider: a key of `PROVIDERS`.
 
     Raises:
-        UserError: the provider is not in this onnxruntime build.
+        UserError: the provider is not in this onnxruntime build, or lacks an operator in the graph's types.
         ArtifactError: onnxruntime refuses the model.
     """
 
@@ -42,6 +46,8 @@ class OnnxBackend:
         self._session = _open(directory / ONNX_MODEL, threads, provider)
         inputs = self._session.get_inputs()
         self._caches = {i.name: i for i in inputs if i.name.startswith("past_key_values.")}
+        self._lora_inputs = {i.name: i for i in inputs if i.name.startswith("lora_")}
+        self._lora = {name: self._empty_adapter(i) for name, i in self._lora_inputs.items()}
         self._states = {i.name: i for i in inputs if i.name.startswith("past_conv.")}
         self.name = f"onnxruntime {ort.__version__} {PROVIDERS[provider]}, {threads} threads"
         self.vocab_size = int(self._session.get_outputs()[0].shape[-1])
@@ -95,6 +101,16 @@ class OnnxBackend:
             self._turn = 0
         self.lengths = np.zeros(batch_size, np.int64)
 
+    def set_adapter(self, adapter: Adapter | None) -> None:
+        """Use a LoRA adapter from here on, or none; empties the cache, whose tokens were read with another."""
+        inputs = {} if adapter is None else adapter.inputs
+        if adapter is not None:
+            check_fits(adapter, self._lora_inputs)
+        self.reset()
+        for name, i in self._lora_inputs.items():
+            self._lora[name] = self._as_input(i, inputs[name]) if name in inputs else self._empty_adapter(i)
+        self._bindings = [self._bind(turn) for turn in range(len(self._bindings))]
+
     def memory(self) -> dict[str, int]:
         cache = sum(buffer.tensor_size_in_bytes() for buffers in self._buffers.values() for buffer in buffers)
         return {"weights": sum(file.stat().st_size for file in self._files if file.is_file()), "kv_cache": cache}
@@ -104,11 +120,26 @@ class OnnxBackend:
         shape = [sizes.get(size, size) for size in cache.shape]
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, ELEMENT[cache.type], self._device, 0)
 
+    def _empty_adapter(self, i: Any) -> Any:
+        """An adapter's half of rank 0: A `[in, 0]`, B `[0, out]`."""
+        return self._as_input(i, np.zeros([size if isinstance(size, int) else 0 for size in i.shape], np.float32))
+
+    def _as_input(self, i: Any, array: NDArray[np.float32]) -> Any:
+        """An array on the device, in an input's type."""
+        if i.type == "tensor(bfloat16)":
+            from ml_dtypes import bfloat16  # no other type needs it
+
+            cast = array.astype(bfloat16)
+            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(cast.view(np.uint16), ELEMENT[i.type])
+        return ort.OrtValue.ortvalue_from_numpy(array.astype(ELEMENT[i.type]), self._device, 0)
+
     def _bind(self, turn: int) -> Any:
         binding = self._session.io_binding()  # does not keep the buffers alive: `_buffers` does
         for name, buffers in self._buffers.items():
             binding.bind_ortvalue_input(name, buffers[turn % len(buffers)])
             binding.bind_ortvalue_output(_present(name), buffers[(turn + 1) % len(buffers)])
+        for name, value in self._lora.items():
+            binding.bind_ortvalue_input(name, value)
         return binding
 
     def _run(
@@ -166,4 +197,7 @@ def _open(model: Path, threads: int, provider: str) -> Any:
         raise OrinKitError(f"no memory for {model}", mend="use a smaller model or INT4") from error
     except Exception as error:  # onnxruntime's own exceptions share no base class
         first = str(error).strip().splitlines()[0]
+        if "NOT_IMPLEMENTED" in first:
+            what = f"{PROVIDERS[provider]} cannot run {model}: {first.partition('NOT_IMPLEMENTED : ')[2] or first}"
+            raise UserError(what, mend="use another --provider, or export with --activations fp32") from error
         raise ArtifactError(f"onnxruntime cannot open {model}: {first}", mend="export it again") from error
