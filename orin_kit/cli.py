@@ -189,27 +189,53 @@ def traces(teacher: Path, out: Path, kinds: str, **options: Any) -> None:
 @cli.command()
 @click.argument("model", type=DIRECTORY)
 @out_option
-@click.option("--method", type=click.Choice(["awq", "rtn"]), default="awq", show_default=True,
-              help="awq searches scales on calibration text; rtn just rounds, in little memory.")  # fmt: skip
+@click.option("--method", type=click.Choice(["awq", "gptq", "rtn"]), default="awq", show_default=True,
+              help="awq and gptq look at calibration text; rtn just rounds, in little memory.")  # fmt: skip
+@click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="Of the linears' weights.")
 @click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="128", show_default=True,
               help="Input features that share a scale.")  # fmt: skip
+@click.option("--symmetric/--asymmetric", default=True, show_default=True,
+              help="Without zero points or with; TensorRT takes none.")  # fmt: skip
+@click.option("--act-order", is_flag=True, help="gptq: round the columns with the largest inputs first.")
 @click.option("--lm-head/--no-lm-head", default=True, show_default=True, help="Quantize the output projection too.")
+@click.option("--head-bits", type=click.Choice(["4", "8", "16"]),
+              help="Of the output projection.  [default: as --bits]")  # fmt: skip
 @click.option("--embedding-bits", type=click.Choice(["16", "8", "4"]), default="16", show_default=True,
-              help="Bits of the embedding table once exported.")  # fmt: skip
-@click.option("--calibration", type=FILE, help="Chats (.jsonl) to calibrate on.  [default: synthetic tasks]")
+              help="Of the embedding table once exported; a tied table of the head's bits is stored once.")  # fmt: skip
+@click.option("--kv-bits", type=click.Choice(["16", "8"]), default="16", show_default=True,
+              help="Of the KV cache; 8 measures its scales on calibration text.")  # fmt: skip
+@click.option("--kv-scales", type=click.Choice(["channel", "head", "tensor"]), default="channel", show_default=True,
+              help="What shares a scale of an 8-bit cache; compressed-tensors knows head and tensor.")  # fmt: skip
+@click.option("--calibration", metavar="SET|FILE", default="tasks", show_default=True,
+              help="tasks (the demo family's synthetic ones), chat, reasoning, or your chats (.jsonl).")  # fmt: skip
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Calibration rows.")
+@click.option("--sample-length", type=click.IntRange(1), default=256, show_default=True, help="Tokens of a row.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of calibration text.")
 @click.option("--perplexity/--no-perplexity", default=True, show_default=True, help="Measure before and after.")
 @overwrite_option
 @example(
     "orin-kit quantize student --out student-int4",
-    "orin-kit quantize student -o student-int4 --calibration chats.jsonl --group-size 64",
+    "orin-kit quantize Qwen2.5-1.5B-Instruct -o qwen-int4 --calibration chat --embedding-bits 4",
+    "orin-kit quantize Qwen3-1.7B -o qwen-int4 --calibration reasoning --head-bits 8 --kv-bits 8",
+    "orin-kit quantize student -o student-gptq --method gptq --act-order --group-size 64",
+    "orin-kit quantize student -o student-int8 --bits 8 --calibration chats.jsonl",
     "orin-kit quantize big-model -o big-int4 --method rtn --no-perplexity --embedding-bits 4",
 )
-def quantize(model: Path, out: Path, group_size: str, embedding_bits: str, **options: Any) -> None:
-    """Quantize the linears of MODEL to INT4, group-wise and symmetric (AWQ)."""
+def quantize(
+    model: Path, out: Path, bits: str, group_size: str, head_bits: str | None, embedding_bits: str, kv_bits: str,
+    calibration: str, **options: Any,
+) -> None:  # fmt: skip
+    """Quantize the linears of MODEL to INT4 or INT8, group-wise (AWQ).
+
+    One decoder layer is in memory at a time, and the calibration rows' hidden states: a 1.5B model takes about 3 GB.
+    """
     from orin_kit.quantize.quantize import quantize as run
 
-    results = run(model, out, group_size=int(group_size), embedding_bits=int(embedding_bits), **options)
+    results = run(
+        model, out, bits=int(bits), group_size=int(group_size), head_bits=int(head_bits) if head_bits else None,
+        embedding_bits=int(embedding_bits), kv_bits=int(kv_bits),
+        calibration=None if calibration == "tasks" else calibration, **options,
+    )  # fmt: skip
     if results.get("perplexity_before"):
         click.echo(f"perplexity {results['perplexity_before']:.4f} -> {results['perplexity_after']:.4f}")
     click.echo(f"wrote {out}")
@@ -218,25 +244,52 @@ def quantize(model: Path, out: Path, group_size: str, embedding_bits: str, **opt
 @cli.command()
 @click.argument("model", type=DIRECTORY)
 @out_option
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "int4"]),
-              help="Of the weights.  [default: int4 for INT4 checkpoints, else fp32]")  # fmt: skip
-@click.option("--activations", type=click.Choice(["fp32", "fp16"]),
-              help="Also of the KV cache.  [default: fp16 with --precision fp16, else fp32]")  # fmt: skip
-@click.option("--dialect", type=click.Choice(["ort", "reference"]), default="ort", show_default=True,
-              help="ort: onnxruntime's fused operators; reference: standard ONNX only.")  # fmt: skip
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "int4", "int8"]),
+              help="Of the weights.  [default: as they are quantized, else fp32]")  # fmt: skip
+@click.option("--activations", type=click.Choice(["fp32", "fp16", "bf16"]),
+              help="Also of the KV cache.  [default: fp32 with quantized weights, else as the weights]")  # fmt: skip
+@click.option("--dialect", type=click.Choice(["ort", "trt_plugin", "trt_native", "reference"]), default="ort",
+              show_default=True, help="ort: onnxruntime's fused operators; trt_plugin: TensorRT with our plugins; "
+              "trt_native: TensorRT's own layers; reference: standard ONNX only.")  # fmt: skip
+@click.option("--kv-update", type=click.Choice(["select", "layer"]), default="select", show_default=True,
+              help="How trt_native writes its cache; layer: in place, with TensorRT 11 or newer.")  # fmt: skip
 @click.option("--max-len", type=click.IntRange(1), help="Longest context.  [default: the model's, at most 4096]")
+@click.option("--group-size", type=click.Choice(["32", "64", "128"]),
+              help="Of a plain model rounded to int4.  [default: 128]")  # fmt: skip
 @click.option("--embedding-bits", type=click.Choice(["16", "8", "4"]),
               help="Bits of the embedding table.  [default: as quantize was told]")  # fmt: skip
+@click.option("--tie/--no-tie", default=None,
+              help="Store packed head and embedding once, as one table.  [default: as quantize made them]")  # fmt: skip
+@click.option("--kv-bits", type=click.Choice(["16", "8"]),
+              help="8: an int8 KV cache.  [default: 8 where MODEL holds its scales]")  # fmt: skip
+@click.option("--lora-targets", default="", metavar="NAMES",
+              help="Linears that adapters may change at run time: q_proj,v_proj or all.")  # fmt: skip
+@click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+              help="What onnxruntime will run on.")  # fmt: skip
+@click.option("--accuracy-level", type=click.IntRange(0, 4),
+              help="Of MatMulNBits; 4: int8 activations.  [default: 4 on cpu, 0 on cuda]")  # fmt: skip
 @overwrite_option
 @example(
     "orin-kit export student-int4 --out student-onnx",
     "orin-kit export student -o student-fp16 --precision fp16",
+    "orin-kit export student -o student-rounded --precision int4",
+    "orin-kit export student-int4 -o student-trt --dialect trt_plugin",
 )
-def export(model: Path, out: Path, embedding_bits: str | None, **options: Any) -> None:
-    """Export MODEL, plain or INT4, to ONNX with an in-place KV cache; one graph does prefill and decode."""
+def export(
+    model: Path, out: Path, group_size: str | None, embedding_bits: str | None, kv_bits: str | None,
+    lora_targets: str, **options: Any,
+) -> None:  # fmt: skip
+    """Export MODEL, plain or quantized, to ONNX with an in-place KV cache; one graph does prefill and decode.
+
+    A plain MODEL is rounded to nearest on the way with --precision int4; `quantize` loses less.
+    """
     from orin_kit.export.export import export as run
 
-    results = run(model, out, embedding_bits=int(embedding_bits) if embedding_bits else None, **options)
+    results = run(
+        model, out, group_size=int(group_size) if group_size else None,
+        embedding_bits=int(embedding_bits) if embedding_bits else None, kv_bits=int(kv_bits) if kv_bits else None,
+        lora_targets=[name.strip() for name in lora_targets.split(",") if name.strip()], **options,
+    )  # fmt: skip
     click.echo(f"wrote {out} ({results['model_bytes'] / 1e6:.1f} MB)")
 
 
@@ -287,6 +340,7 @@ def profile(artifact: Path, out: Path, prompt_lengths: str, batch_sizes: str, **
 @click.option("--seed", type=int, help="For the same answer again.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of one answer.")
 @click.option("--max-len", type=click.IntRange(1), help="Context, prompt and answers.  [default: at most 1024]")
+@click.option("--adapter", type=DIRECTORY, help="A LoRA adapter that PEFT saved; needs export --lora-targets.")
 @click.option("--stats", is_flag=True, help="Say TTFT and TPOT after every answer.")
 @threads_option
 @provider_option
@@ -297,7 +351,7 @@ def profile(artifact: Path, out: Path, prompt_lengths: str, batch_sizes: str, **
 )
 def chat(
     artifact: Path, prompt: str | None, system: str | None, max_new_tokens: int, max_len: int | None, stats: bool,
-    threads: int | None, provider: str, **sampling: Any,
+    adapter: Path | None, threads: int | None, provider: str, **sampling: Any,
 ) -> None:  # fmt: skip
     """Talk to ARTIFACT in the terminal: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves."""
     from orin_kit.chat.terminal import chat as run
@@ -305,7 +359,7 @@ def chat(
     from orin_kit.runtime.sampler import Sampling
 
     chosen = Sampling(**sampling)
-    runtime = open_runtime(artifact, max_len=max_len, threads=threads, provider=provider)
+    runtime = open_runtime(artifact, max_len=max_len, threads=threads, provider=provider, adapter=adapter)
     sys.exit(
         run(runtime, sampling=chosen, max_new_tokens=max_new_tokens, system=system, prompt=prompt, show_stats=stats)
     )

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from orin_kit.data.tasks import distinct
 from orin_kit.distill import Recipe, compare
-from orin_kit.errors import OrinKitError, UserError
+from orin_kit.errors import UserError
 from orin_kit.evaluate.exact_match import exact_match
 from orin_kit.evaluate.perplexity import perplexity
 from orin_kit.export.export import export
@@ -22,6 +22,7 @@ from orin_kit.profile.profile import profile
 from orin_kit.profile.report import Report
 from orin_kit.quantize.quantize import quantize
 from orin_kit.runtime.runtime import open_runtime
+from orin_kit.shipped import calibration
 
 SUMMARY = "summary.json"
 
@@ -136,19 +137,6 @@ def demo(out: str | Path, *, fast: bool = False, overwrite: bool = False) -> lis
     program = sys.argv[0] if Path(sys.argv[0]).name == "orin-kit" else "orin-kit"
     console.print(f"Chat with the result: [bold]{program} chat {onnx['distilled INT4']}[/]", soft_wrap=True)
     return rows
-
-
-def calibration() -> Path:
-    """Where the demo family and the recipes lie: beside the package in a checkout, inside it when installed.
-
-    Raises:
-        OrinKitError: the installation is damaged.
-    """
-    here = Path(__file__).parent
-    for candidate in (here / "calibration", here.parent / "calibration"):
-        if (candidate / "recipes" / "demo.yaml").is_file():
-            return candidate
-    raise OrinKitError(f"{here} has no calibration/ with the demo family", mend="install orin-kit again")
 
 
 def _row(name: str, onnx: Path, length: Length, *, overwrite: bool) -> Row:

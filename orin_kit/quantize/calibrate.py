@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from orin_kit import shipped
 from orin_kit.data.chat import Chat, read_chats
 from orin_kit.data.packing import Example, tokenize_chat
 from orin_kit.data.tasks import distinct, generate
 from orin_kit.errors import UserError
 from orin_kit.tokenizer import ChatTokenizer
 
+SETS = ("chat", "reasoning")  # that come along, calibration/NAME.jsonl
+TASKS = "tasks"  # the synthetic ones
 HELD_OUT = 128  # chats that perplexity is measured on, at most
 HELD_OUT_SHARE = 5  # of a user's chats every fifth is held out
 ENOUGH_TOKENS = 1024  # to calibrate on, fewer only where fewer are asked for
@@ -33,6 +36,13 @@ class Samples:
 
     rows: NDArray[np.int64]
     held_out: list[Example]
+
+
+def chat_file(calibration: str | Path | None) -> Path | None:
+    """The file of chats that is meant by a set's name or a path; None for the synthetic tasks."""
+    if calibration is None or calibration == TASKS:
+        return None
+    return shipped.calibration() / f"{calibration}.jsonl" if calibration in SETS else Path(calibration)
 
 
 def read_samples(

@@ -1,23 +1,26 @@
-"""Group-wise symmetric quantization of weights, and the one packing of INT4 that every format is made from.
+"""Group-wise quantization of weights to 4 or 8 bits.
 
-A weight `[out, in]` is cut into groups of `group_size` input features; a group shares one positive fp16 scale and no
-zero point: `weight = q * scale`, q in [-8, 7]. TensorRT's block dequantization, onnxruntime's MatMulNBits and
-compressed-tensors all read this.
+A weight `[out, in]` is cut into groups of `group_size` input features; a group shares one positive fp16 scale:
+`weight = (code - zero_point) * scale`. Symmetric groups have the middle code for a zero point, which TensorRT's block
+dequantization, onnxruntime's MatMulNBits and compressed-tensors all read; asymmetric ones each their own.
 """
 
 from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from orin_kit.errors import UserError
+from orin_kit.models.packing import PackedWeight, middle, pack
 
 GROUP_SIZES = (32, 64, 128, 256)
 # Shares of the scale that just holds a group's largest weight: clipping one outlier makes all other steps finer. Mean
 # squared error on Gaussian weights, group 128: max/7 13.8e-3, max/8 11.2e-3, these six 10.3e-3, 41 of them 10.2e-3.
+# With 8 bits the steps are so fine that what is clipped always costs more.
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 CHUNK = 1 << 17  # weights worked on at a time: a few arrays of 0.5 MB, so that the search stays in the cache
 THREADS = min(8, os.cpu_count() or 1)
@@ -49,110 +52,114 @@ def quantize_groups(
     group_size: int,
     *,
     bits: int = 4,
+    symmetric: bool = True,
     gram: NDArray[np.float32] | None = None,
     search: bool = True,
     name: str = "weight",
-) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+) -> PackedWeight:
     """Quantize a weight, each group with the scale that loses least.
 
     Args:
         weight: `[out, in]`, any float dtype; read a chunk of rows at a time.
         group_size: divides `in`.
         bits: 4 or 8.
+        symmetric: all zero points are the middle code; else each group's codes span its own range.
         gram: fp32 `[in / group_size, group_size, group_size]`, `X_g^T X_g` of the inputs X_g that meet each group. The
             scale then loses least of the group's *output* (the clip search of AWQ, arXiv 2306.00978), else of the
             weights themselves.
-        search: try all `SHARES`; off takes the scale that clips nothing.
+        search: try all `SHARES` of the range; off clips nothing.
         name: of the layer, for errors.
-
-    Returns:
-        q int8 `[out, in]` in [-8, 7] (or [-128, 127]), scales fp16 `[out, in / group_size]`, all positive.
 
     Raises:
         UserError: a NaN or an infinity, weights beyond the scales' range, or groups that do not fit.
     """
     rows, columns = weight.shape
     check_group_size(name, columns, group_size)
-    q = np.empty((rows, columns), np.int8)
+    packed = np.empty((rows, columns * bits // 32), np.int32)
     scales = np.empty((rows, columns // group_size), np.float16)
+    zero_points = None if symmetric else np.empty(scales.shape, np.uint8)
     shares = SHARES if search and bits == 4 else SHARES[:1]
 
     def work(part: slice) -> None:
         groups = np.asarray(weight[part], np.float32).reshape(-1, columns // group_size, group_size)
-        base = _widest_scale(groups, bits, name)
-        scale = base if len(shares) == 1 else _best_scale(groups, base, shares, bits, gram)
-        q[part] = _round(groups, scale, bits).reshape(-1, columns)
+        ranges = Ranges.of(groups, bits, name, symmetric=symmetric)
+        scale, zero = _best(groups, ranges, shares, gram)
+        codes = _round(groups * _inverse(scale), zero, bits)
+        codes += zero[..., None] if isinstance(zero, np.ndarray) else zero
+        packed[part] = pack(codes.astype(np.uint8).reshape(-1, columns), bits)
         scales[part] = scale
+        if zero_points is not None:
+            zero_points[part] = zero
 
     step = max(1, CHUNK // columns)
     with ThreadPoolExecutor(THREADS) as pool:  # numpy lets go of the interpreter in each operation
         list(pool.map(work, [slice(start, start + step) for start in range(0, rows, step)]))
-    return q, scales
+    return PackedWeight(bits, packed, scales, zero_points)
 
 
-def dequantize(q: NDArray[np.int8], scales: NDArray[np.generic], group_size: int) -> NDArray[np.float32]:
-    """`q * scale` in fp32: q int8 `[out, in]`, scales `[out, in / group_size]`."""
-    groups = q.reshape(q.shape[0], -1, group_size) * np.asarray(scales, np.float32)[..., None]
-    return groups.reshape(q.shape)
+@dataclass(frozen=True)
+class Ranges:
+    """What the codes of each group span.
 
-
-def pack(q: NDArray[np.int8]) -> NDArray[np.int32]:
-    """Pack q int8 `[out, in]` in [-8, 7] into int32 `[out, in / 8]`, as compressed-tensors' `weight_packed`.
-
-    Eight neighbours share a word, the first in the lowest four bits, each stored as q + 8. Little-endian hosts only.
+    Attributes:
+        bits: 4 or 8.
+        widest: the scales fp32 `[rows, groups]` that clip nothing.
+        low: the groups' least weights `[rows, groups]`, at most 0; None for symmetric codes.
     """
-    nibbles = (q + np.int8(8)).view(np.uint8)
-    packed: NDArray[np.int32] = (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).view(np.int32)
-    return packed
+
+    bits: int
+    widest: NDArray[np.float32]
+    low: NDArray[np.float32] | None
+
+    @classmethod
+    def of(cls, groups: NDArray[np.float32], bits: int, name: str, *, symmetric: bool) -> Ranges:
+        """Of weights `[rows, groups, group_size]`.
+
+        Raises:
+            UserError: a NaN or an infinity, or beyond what fp16 scales hold.
+        """
+        low, high = groups.min(-1), groups.max(-1)  # NaN goes through both
+        if symmetric:  # negative weights have one more step
+            scale = np.maximum(high / (middle(bits) - 1), low / -middle(bits))
+        else:
+            low = np.minimum(low, 0)
+            scale = (np.maximum(high, 0) - low) / ((1 << bits) - 1)
+        if not np.isfinite(scale).all():
+            raise UserError(f"{name} holds NaN or infinite weights", mend="get the checkpoint again or train it again")
+        if scale.max() > np.finfo(np.float16).max:
+            what = f"{name} has a weight of {np.abs(groups).max():.3g}, beyond what fp16 scales can hold"
+            raise UserError(what, mend="this checkpoint cannot be quantized")
+        return cls(bits, scale, None if symmetric else low)
+
+    def share(self, share: float) -> tuple[NDArray[np.float32], NDArray[np.float32] | int]:
+        """Scales, as fp16 holds them, and zero points for this share of the ranges."""
+        scale = _as_fp16(self.widest * np.float32(share))
+        if self.low is None:
+            return scale, middle(self.bits)
+        zero = np.rint(self.low * np.float32(-share) / scale)
+        return scale, np.clip(zero, 0, (1 << self.bits) - 1)
 
 
-def unpack(packed: NDArray[np.int32]) -> NDArray[np.int8]:
-    """`pack` undone: int32 `[out, in / 8]` -> int8 `[out, in]`."""
-    pairs = np.ascontiguousarray(packed).view(np.uint8)
-    nibbles = np.stack((pairs & 15, pairs >> 4), axis=-1).reshape(pairs.shape[0], -1)
-    q: NDArray[np.int8] = nibbles.view(np.int8) - np.int8(8)
-    return q
-
-
-def matmulnbits_blob(packed: NDArray[np.int32], group_size: int) -> NDArray[np.uint8]:
-    """Input B of onnxruntime's MatMulNBits: the same bytes, seen as uint8 `[out, in / group_size, group_size / 2]`.
-
-    Its default zero point is 8, so none is passed.
-    https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
-    """
-    return np.ascontiguousarray(packed).view(np.uint8).reshape(packed.shape[0], -1, group_size // 2)
-
-
-def _widest_scale(groups: NDArray[np.float32], bits: int, name: str) -> NDArray[np.float32]:
-    """The scales `[rows, groups]` that clip nothing, as fp16 holds them."""
-    low, high = -(1 << bits - 1), (1 << bits - 1) - 1
-    # Negative weights have one more step; NaN goes through max and min.
-    scale = np.maximum(groups.max(-1) / high, groups.min(-1) / low)
-    if not np.isfinite(scale).all():
-        raise UserError(f"{name} holds NaN or infinite weights", mend="get the checkpoint again or train it again")
-    if scale.max() > np.finfo(np.float16).max:
-        what = f"{name} has a weight of {np.abs(groups).max():.3g}, beyond what fp16 scales can hold"
-        raise UserError(what, mend="this checkpoint cannot be quantized")
-    return _as_fp16(scale)
-
-
-def _best_scale(
-    groups: NDArray[np.float32],
-    base: NDArray[np.float32],
-    shares: tuple[float, ...],
-    bits: int,
-    gram: NDArray[np.float32] | None,
-) -> NDArray[np.float32]:
-    best, least = base, np.full(base.shape, np.inf, np.float32)
+def _best(
+    groups: NDArray[np.float32], ranges: Ranges, shares: tuple[float, ...], gram: NDArray[np.float32] | None
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | int]:
+    """Scales and zero points `[rows, groups]` with which the groups lose least."""
+    best, best_zero = ranges.share(shares[0])
+    if len(shares) == 1:
+        return best, best_zero
+    least = np.full(best.shape, np.inf, np.float32)
     for share in shares:
-        scale = _as_fp16(base * np.float32(share))
-        lost = _round(groups, scale, bits)
-        lost *= scale[..., None]
-        lost -= groups
-        error = _squared(lost, gram)
-        best = np.where(error < least, scale, best)
+        scale, zero = ranges.share(share)
+        steps = groups * _inverse(scale)
+        lost = _round(steps, zero, ranges.bits)
+        lost -= steps
+        error = np.square(scale) * _squared(lost, gram)
+        better = error < least
+        best = np.where(better, scale, best)
+        if not isinstance(zero, int):
+            best_zero = np.where(better, zero, best_zero)
         least = np.minimum(error, least)
-    return best
+    return best, best_zero
 
 
 def _squared(lost: NDArray[np.float32], gram: NDArray[np.float32] | None) -> NDArray[np.float32]:
@@ -162,11 +169,22 @@ def _squared(lost: NDArray[np.float32], gram: NDArray[np.float32] | None) -> NDA
     return error
 
 
-def _round(groups: NDArray[np.float32], scale: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
-    q: NDArray[np.float32] = groups * (np.float32(1) / scale)[..., None]
-    np.rint(q, out=q)
-    np.clip(q, -(1 << bits - 1), (1 << bits - 1) - 1, out=q)
-    return q
+def _round(steps: NDArray[np.float32], zero: NDArray[np.float32] | int, bits: int) -> NDArray[np.float32]:
+    """Weights in units of their scale, `[rows, groups, group_size]`, to whole ones that there are codes for."""
+    top, whole = (1 << bits) - 1, np.rint(steps)
+    if isinstance(zero, int):
+        np.clip(whole, -zero, top - zero, out=whole)
+    else:  # bounds that differ by group are slow
+        whole += zero[..., None]
+        np.clip(whole, 0, top, out=whole)
+        whole -= zero[..., None]
+    rounded: NDArray[np.float32] = whole
+    return rounded
+
+
+def _inverse(scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    inverse: NDArray[np.float32] = (np.float32(1) / scale)[..., None]
+    return inverse
 
 
 def _as_fp16(scale: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from dequantize import dequantized
 
 from families import FAMILIES, save_model
 from orin_kit.models import families as models
+from orin_kit.models.checkpoint import Checkpoint
+from orin_kit.models.formats.compressed_tensors import WeightScheme
 from orin_kit.quantize import awq
-from orin_kit.quantize.awq import FOLDS, Fold, Inputs, apply_fold, channel_owners, observe, search_scale
-from orin_kit.quantize.checkpoint import Checkpoint, Quantized, sections
-from orin_kit.quantize.int4 import dequantize, quantize_groups, unpack
+from orin_kit.quantize.awq import Awq, Inputs, apply_fold, channel_owners, search_scale
+from orin_kit.quantize.int4 import quantize_groups
 from orin_kit.quantize.layerwise import LayerwiseDecoder
 from orin_kit.quantize.rtn import rtn
+from orin_kit.quantize.sections import sections
+from orin_kit.quantize.sequential import FOLDS, Fold, observe, quantize_sequentially
+
+INT4 = WeightScheme()
+SCHEMES = [WeightScheme(4, 128, True), WeightScheme(4, 64, False), WeightScheme(8, 32, True), WeightScheme(4, 32, True)]
 
 
-def random_scale(weights: object, inputs: Inputs, owner: torch.Tensor) -> torch.Tensor:
+def random_scale(weights: object, inputs: Inputs, owner: torch.Tensor, scheme: object) -> torch.Tensor:
     return torch.rand(int(owner.max()) + 1) * 3 + 0.2
 
 
@@ -37,9 +42,9 @@ def test_folds_leave_the_logits_alone(name: str, tmp_path: Path, monkeypatch: py
     for index, layer in enumerate(model.model.layers):
         before = {n: p.detach().clone() for n, p in layer.named_parameters()}
         layer.requires_grad_(False)
-        inputs, outputs = observe(decoder, layer, hidden, FOLDS[checkpoint.spec.model_type], 128)
+        inputs, outputs = observe(decoder, layer, hidden, FOLDS[checkpoint.spec.model_type], lambda n: Inputs(n, 128))
         for fold, read in inputs.items():
-            apply_fold(layer, fold, read, checkpoint.spec.head_dim)
+            apply_fold(layer, fold, read, checkpoint.spec.head_dim, WeightScheme(4, read.group_size))
         hidden = outputs
         changed = {n for n, p in layer.named_parameters() if not torch.equal(p, before[n])}
         unscaled = {"self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.o_proj.bias", "mlp.gate_proj.bias"}
@@ -57,10 +62,10 @@ def test_folded_inputs_are_those_of_the_folded_layer(tmp_path: Path) -> None:
     decoder = LayerwiseDecoder(checkpoint)
     hidden = decoder.embed(torch.randint(0, 2048, (3, 40)))
     layer = decoder.layer(0)
-    inputs, _ = observe(decoder, layer, hidden, FOLDS["qwen2"], 64)
+    inputs, _ = observe(decoder, layer, hidden, FOLDS["qwen2"], lambda n: Inputs(n, 64))
     for fold, read in inputs.items():
-        apply_fold(layer, fold, read, checkpoint.spec.head_dim)
-    again, _ = observe(decoder, layer, hidden, FOLDS["qwen2"], 64)
+        apply_fold(layer, fold, read, checkpoint.spec.head_dim, WeightScheme(4, read.group_size))
+    again, _ = observe(decoder, layer, hidden, FOLDS["qwen2"], lambda n: Inputs(n, 64))
     for fold, read in inputs.items():
         torch.testing.assert_close(read.magnitude, again[fold].magnitude, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(read.gram, again[fold].gram, rtol=1e-3, atol=1e-5)
@@ -90,37 +95,26 @@ def test_query_heads_read_their_value_head() -> None:
     assert channel_owners(6, 6, 3).tolist() == list(range(6))
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("outliers", [0, 5])
-def test_search_never_loses_more_than_plain_rounding(outliers: int) -> None:
+def test_search_never_loses_more_than_plain_rounding(outliers: int, scheme: WeightScheme) -> None:
     x = torch.randn(300, 256)
     x[:, torch.randperm(256)[:outliers]] *= 20
     weights = [torch.randn(96, 256), torch.randn(32, 256)]
-    inputs = Inputs(300, 128)
+    inputs = Inputs(300, scheme.group_size)
     inputs.add(x)
-    scale = search_scale(weights, inputs, torch.arange(256))
+    scale = search_scale(weights, inputs, torch.arange(256), scheme)
 
     def error(scale: torch.Tensor) -> float:
         total = 0.0
-        gram = inputs.gram_after(scale).numpy()
+        gram, how = inputs.gram_after(scale).numpy(), dict(bits=scheme.bits, symmetric=scheme.symmetric)
         for w in weights:
-            q, scales = quantize_groups((w * scale).numpy(), 128, gram=gram)
-            lost = torch.from_numpy(dequantize(q, scales, 128)) / scale - w
+            packed = quantize_groups((w * scale).numpy(), scheme.group_size, gram=gram, **how)
+            lost = torch.from_numpy(packed.dense()) / scale - w
             total += float((x @ lost.T).square().sum() / (x @ w.T).square().sum())
         return total
 
-    assert error(scale) < (0.8 if outliers else 1.00001) * error(torch.ones(256))
-
-
-def dequantized(checkpoint: Checkpoint, parts: Iterator[Quantized]) -> dict[str, torch.Tensor]:
-    state = {}
-    for part in parts:
-        for name, tensor in part.tensors.items():
-            if name.endswith("weight_packed"):
-                base = name.removesuffix("_packed")
-                state[base] = torch.from_numpy(dequantize(unpack(tensor), part.tensors[f"{base}_scale"], 128))
-            elif not name.endswith(("weight_scale", "weight_shape")):
-                state[name] = torch.from_numpy(np.array(tensor, np.float32))
-    return state
+    assert error(scale) < (0.85 if outliers else 1.00001) * error(torch.ones(256))
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "conv"])
@@ -134,14 +128,15 @@ def test_awq_beats_rounding_where_channels_stand_out(name: str, tmp_path: Path) 
                     parameter[torch.randperm(384)[:6]] *= 20
     model.save_pretrained(tmp_path)
     checkpoint = Checkpoint(tmp_path)
-    cut = sections(checkpoint.spec, lm_head=False)
+    cut = sections(checkpoint.spec, INT4, None)
     rows = torch.randint(0, 2048, (24, 64))
     ids = torch.randint(0, 2048, (8, 64))
     with torch.no_grad():
         expected = model.model(ids).last_hidden_state
         errors = []
-        for parts in (rtn(checkpoint, cut, 128), awq.awq(checkpoint, cut, 128, rows.numpy())):
-            model.load_state_dict(dequantized(checkpoint, parts), strict=False)
+        awq_parts = quantize_sequentially(checkpoint, cut, rows.numpy(), Awq(checkpoint.spec.head_dim))
+        for parts in (rtn(checkpoint, cut), awq_parts):
+            model.load_state_dict(dequantized(parts), strict=False)
             errors.append(float((model.model(ids).last_hidden_state - expected).square().mean()))
     assert errors[1] < 0.6 * errors[0], errors
 

@@ -1,18 +1,13 @@
-"""The packing against compressed-tensors and onnxruntime, the quantizer against its own definition in float64."""
+"""The quantizer against its own definition in float64."""
 
 from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
-import torch
-from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
-from onnx import TensorProto, helper
 
 from orin_kit.errors import UserError
-from orin_kit.quantize.int4 import GROUP_SIZES, dequantize, matmulnbits_blob, pack, quantize_groups, unpack
+from orin_kit.quantize.int4 import quantize_groups
 
 
 @pytest.fixture
@@ -20,92 +15,100 @@ def rng() -> np.random.Generator:
     return np.random.default_rng()
 
 
-def test_packing_is_that_of_compressed_tensors(rng: np.random.Generator) -> None:
-    q = rng.integers(-8, 8, (37, 256), dtype=np.int8)
-    packed = pack(q)
-    np.testing.assert_array_equal(packed, pack_to_int32(torch.from_numpy(q), 4).numpy())
-    np.testing.assert_array_equal(unpack(packed), q)
-    np.testing.assert_array_equal(unpack_from_int32(torch.from_numpy(packed), 4, q.shape).numpy(), q)
-
-
-@pytest.mark.parametrize("group_size", GROUP_SIZES)
-def test_blob_is_what_matmulnbits_multiplies_with(rng: np.random.Generator, group_size: int) -> None:
-    rows, columns = 48, 512
-    weight = rng.standard_normal((rows, columns)).astype(np.float32)
-    q, scales = quantize_groups(weight, group_size)
-    node = helper.make_node(
-        "MatMulNBits", ["x", "b", "scales"], ["y"], domain="com.microsoft",
-        N=rows, K=columns, bits=4, block_size=group_size, accuracy_level=0,
-    )  # fmt: skip
-    blob = matmulnbits_blob(pack(q), group_size)
-    scales32 = scales.astype(np.float32)
-    tensors = [onnx.numpy_helper.from_array(blob, "b"), onnx.numpy_helper.from_array(scales32, "scales")]
-    graph = helper.make_graph(
-        [node],
-        "one",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [5, columns])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [5, rows])],
-        tensors,
-    )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    x = rng.standard_normal((5, columns)).astype(np.float32)
-    reference = x.astype(np.float64) @ (q.reshape(rows, -1, group_size) * scales64(scales)).reshape(rows, columns).T
-    np.testing.assert_allclose(session.run(None, {"x": x})[0], reference, atol=2e-4)
-    np.testing.assert_allclose(x @ dequantize(q, scales, group_size).T, reference, atol=2e-4)
-
-
 def scales64(scales: np.ndarray) -> np.ndarray:
     return scales.astype(np.float64)[..., None]
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_every_weight_is_the_nearest_step(rng: np.random.Generator, bits: int, dtype: type) -> None:
-    weight = (rng.standard_normal((130, 256)) * rng.uniform(0.001, 1, (130, 1))).astype(dtype)
-    q, scales = quantize_groups(weight, 64, bits=bits)
-    assert q.dtype == np.int8 and scales.dtype == np.float16 and (scales > 0).all()
-    steps = weight.astype(np.float64).reshape(130, 4, 64) / scales64(scales)
-    nearest = np.clip(np.rint(steps), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    off = np.abs(q.reshape(130, 4, 64) - nearest)
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_every_weight_is_the_nearest_step(
+    rng: np.random.Generator, bits: int, symmetric: bool, dtype: type, size: int
+) -> None:
+    weight = (rng.standard_normal((130, 256)) * rng.uniform(0.001, 1, (130, 1)) + rng.normal(0, 0.1)).astype(dtype)
+    packed = quantize_groups(weight, size, bits=bits, symmetric=symmetric)
+    assert packed.scales.dtype == np.float16 and (packed.scales > 0).all()
+    assert (packed.bits, packed.shape, packed.group_size, packed.order) == (bits, (130, 256), size, None)
+    if symmetric:
+        assert packed.zero_points is None
+        zeros = np.full((130, 256 // size, 1), 2.0 ** (bits - 1))
+    else:
+        assert packed.zero_points is not None and packed.zero_points.dtype == np.uint8
+        zeros = packed.zero_points.astype(np.float64)[..., None]
+    steps = weight.astype(np.float64).reshape(130, -1, size) / scales64(packed.scales)
+    nearest = np.clip(np.rint(steps) + zeros, 0, 2**bits - 1)
+    off = np.abs(packed.codes().reshape(130, -1, size) - nearest)
     assert off.max() <= 1 and off.mean() < 1e-3  # fp32 division may tip a tie
 
 
-def test_search_loses_less_than_any_plain_scale(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_asymmetric_codes_span_the_range(rng: np.random.Generator, bits: int) -> None:
+    """Without a search: the scale is (max - min) / (2^bits - 1) with zero inside, in float64."""
+    weight = rng.uniform(0.5, 2, (40, 128)).astype(np.float32)
+    weight[::2] -= 1.3
+    packed = quantize_groups(weight, 64, bits=bits, symmetric=False, search=False)
+    groups = weight.astype(np.float64).reshape(40, 2, 64)
+    low, high = np.minimum(groups.min(-1), 0), np.maximum(groups.max(-1), 0)
+    np.testing.assert_allclose(packed.scales, (high - low) / (2**bits - 1), rtol=1e-3)
+    scales = packed.scales.astype(np.float64)
+    assert np.abs(packed.zero_points - np.rint(-low / scales)).max() <= 1
+    lost = np.abs(packed.dense().reshape(40, 2, 64) - groups)
+    assert (lost <= scales[..., None] * (1.01 if bits == 4 else 1.6)).all()  # the rounded zero point shifts both ends
+
+
+def test_zero_points_help_where_weights_lie_to_one_side(rng: np.random.Generator) -> None:
+    weight = rng.uniform(-0.2, 1, (64, 256)).astype(np.float32)
+    lost = [
+        np.square(quantize_groups(weight, 128, symmetric=symmetric).dense() - weight).sum()
+        for symmetric in (True, False)
+    ]
+    assert lost[1] < 0.5 * lost[0]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_search_loses_less_than_any_plain_range(rng: np.random.Generator, symmetric: bool) -> None:
     weight = rng.standard_t(5, (256, 512)).astype(np.float32)
+    groups = weight.astype(np.float64).reshape(256, 4, 128)
+    low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
 
-    def error(scale: np.ndarray) -> float:
-        groups = weight.astype(np.float64).reshape(256, 4, 128)
-        return float(np.square(np.clip(np.rint(groups / scale), -8, 7) * scale - groups).sum())
+    def error(scale: np.ndarray, zero: np.ndarray | int) -> float:
+        codes = np.clip(np.rint(groups / scale) + zero, 0, 15)
+        return float(np.square((codes - zero) * scale - groups).sum())
 
-    q, scales = quantize_groups(weight, 128)
-    largest = np.abs(weight.reshape(256, 4, 128)).max(-1, keepdims=True).astype(np.float64)
-    found = float(np.square(dequantize(q, scales, 128).astype(np.float64) - weight).sum())
-    assert found < min(error(largest / 7), error(largest / 7.5), error(largest / 8))
+    if symmetric:
+        largest = np.maximum(high, -low)
+        plain = [error(largest / steps, 8) for steps in (7, 7.5, 8)]
+    else:
+        scale = (high - low) / 15
+        plain = [error(scale, np.rint(-low / scale))]
+    packed = quantize_groups(weight, 128, symmetric=symmetric)
+    assert float(np.square(packed.dense().astype(np.float64) - weight).sum()) < 0.95 * min(plain)
 
 
-def test_gram_lowers_the_error_of_the_outputs(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gram_lowers_the_error_of_the_outputs(rng: np.random.Generator, symmetric: bool) -> None:
     x = rng.standard_normal((400, 256)) * np.exp(rng.standard_normal(256) * 1.5)
     weight = rng.standard_normal((64, 256)).astype(np.float32)
     groups = x.reshape(-1, 2, 128).transpose(1, 0, 2)
     gram = (groups.transpose(0, 2, 1) @ groups / len(x)).astype(np.float32)
 
     def error(**options: np.ndarray) -> float:
-        lost = (dequantize(*quantize_groups(weight, 128, **options), 128) - weight).astype(np.float64)
+        lost = (quantize_groups(weight, 128, symmetric=symmetric, **options).dense() - weight).astype(np.float64)
         # Group by group, which is what the scales are chosen for.
         return sum(float(np.square(x[:, g] @ lost[:, g].T).sum()) for g in (slice(0, 128), slice(128, 256)))
 
     assert error(gram=gram) < 0.97 * error()
 
 
-def test_zero_and_tiny_groups(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_zero_and_tiny_groups(rng: np.random.Generator, symmetric: bool) -> None:
     weight = rng.standard_normal((3, 64)).astype(np.float32)
     weight[0] = 0
     weight[1] *= 1e-7
-    q, scales = quantize_groups(weight, 32)
-    restored = dequantize(q, scales, 32)
-    assert (restored[0] == 0).all() and (scales > 0).all()
+    packed = quantize_groups(weight, 32, symmetric=symmetric)
+    restored = packed.dense()
+    assert (restored[0] == 0).all() and (packed.scales > 0).all()
     assert np.abs(restored[1] - weight[1]).max() <= np.finfo(np.float16).smallest_subnormal
 
 

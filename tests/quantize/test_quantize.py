@@ -19,8 +19,8 @@ from orin_kit.data.chat import write_chats
 from orin_kit.data.tasks import distinct
 from orin_kit.errors import ArtifactError, OrinKitError, UserError
 from orin_kit.manifest import read_manifest
+from orin_kit.models.checkpoint import Checkpoint
 from orin_kit.quantize.calibrate import read_samples
-from orin_kit.quantize.checkpoint import Checkpoint
 from orin_kit.quantize.quantize import quantize
 from orin_kit.tokenizer import ChatTokenizer
 
@@ -38,6 +38,12 @@ def load(directory: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
+def codes(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Words int32 `[n, m]` taken apart, lowest bits first."""
+    fields = words[..., None] >> (bits * torch.arange(32 // bits, dtype=torch.int32)) & (2**bits - 1)
+    return fields.flatten(1).double()
+
+
 def reference(model: Path, quantized: Path) -> Any:
     """transformers' plain model with the artifact's weights, dequantized in this test's own arithmetic."""
     plain = load(model)
@@ -45,13 +51,17 @@ def reference(model: Path, quantized: Path) -> Any:
     state = {}
     for name, tensor in tensors.items():
         if name.endswith("weight_packed"):
-            bits = tensor[..., None] >> (4 * torch.arange(8, dtype=torch.int32)) & 15
-            steps = bits.flatten(1).double() - 8
+            rows, columns = tensors[name.replace("packed", "shape")].tolist()
+            bits = 32 * tensor.shape[1] // columns
             scales = tensors[name.replace("packed", "scale")].double()
-            weight = steps.view(len(steps), scales.shape[1], -1) * scales[..., None]
-            assert list(steps.shape) == tensors[name.replace("packed", "shape")].tolist()
+            steps = codes(tensor, bits) - 2 ** (bits - 1)
+            if (zeros := tensors.get(name.replace("packed", "zero_point"))) is not None:
+                zeros = codes(zeros.T, bits).T[:rows] - 2 ** (bits - 1)
+                steps -= zeros.repeat_interleave(columns // scales.shape[1], dim=1)
+            assert list(steps.shape) == [rows, columns]
+            weight = steps.view(rows, scales.shape[1], -1) * scales[..., None]
             state[name.removesuffix("_packed")] = weight.flatten(1).float()
-        elif not name.endswith(("weight_scale", "weight_shape")):
+        elif not name.endswith(("weight_scale", "weight_shape", "weight_zero_point")):
             assert tensor.dtype == torch.float16
             state[name] = tensor.float()
     if "lm_head.weight" in state:
@@ -97,6 +107,62 @@ def test_transformers_loads_the_artifact(
     assert set(results["loss"]) == {"layer 0", "layer 1"} | ({"head"} if lm_head else set())
     assert results["bytes_after"] == (tmp_path / "int4/model.safetensors").stat().st_size < results["bytes_before"]
     assert (tmp_path / "int4/tokenizer.json").read_bytes() == (DEMO_TEACHER / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("qwen2", dict(method="gptq")),
+        ("qwen3", dict(method="gptq", act_order=True, symmetric=False, group_size=32)),
+        ("conv", dict(method="gptq", bits=8)),
+        ("qwen2", dict(symmetric=False)),
+        ("qwen2", dict(bits=8)),
+        ("llama3", dict(bits=8, symmetric=False, group_size=64)),
+        ("qwen2", dict(head_bits=8)),
+        ("llama3", dict(method="rtn", bits=8, head_bits=4)),
+        ("qwen3", dict(head_bits=16)),
+        ("qwen2", dict(method="rtn", embedding_bits=4)),
+        ("qwen2", dict(head_bits=8, embedding_bits=8)),
+        ("conv", dict(embedding_bits=4, symmetric=False)),
+        ("llama3", dict(method="rtn", embedding_bits=4)),
+        ("qwen2", dict(method="gptq", kv_bits=8)),
+    ],
+)
+@torch.no_grad()
+def test_every_option_is_what_transformers_loads(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", name, num_hidden_layers=2)
+    quantize(tmp_path / "model", tmp_path / "out", perplexity=False, **options, **SMALL)
+    ids = torch.randint(0, 2048, (2, 40))
+    loaded = load(tmp_path / "out")
+    logits, plain = loaded(ids).logits, model(ids).logits
+    error = float((logits - plain).square().mean() / plain.square().mean())
+    bits = min(options.get("bits", 4), options.get("head_bits", 4) if "bits" not in options else 8)
+    assert 0 < error < (0.5 if bits == 4 or options.get("head_bits") == 4 else 2e-3), error
+    read = Checkpoint(tmp_path / "out")
+    read.check_complete()
+    if options.get("kv_bits") != 8:
+        expected = reference(tmp_path / "model", tmp_path / "out")(ids).logits
+        torch.testing.assert_close(logits, expected, rtol=0, atol=float(expected.abs().max()) * 2e-3)
+    head_bits = options.get("head_bits", options.get("bits", 4))
+    packing = read.packing("lm_head")
+    assert (16 if packing is None else packing.bits) == head_bits
+    tied = model.config.tie_word_embeddings and 16 > head_bits == options.get("embedding_bits", 16)
+    settings = read_manifest(tmp_path / "out", "int4").settings
+    assert settings["tied_table"] == tied and settings["head_bits"] == head_bits
+    if tied:  # to the bit: fp16 of what the packed head says, in float64
+        table = reference(tmp_path / "model", tmp_path / "out").lm_head.weight.detach()
+        stored = load_file(tmp_path / "out/model.safetensors")["model.embed_tokens.weight"]
+        assert torch.equal(stored, table.half())
+        assert torch.equal(loaded.model.embed_tokens.weight.half(), loaded.lm_head.weight.half())
+
+
+@pytest.mark.parametrize("name", ["chat", "reasoning"])
+def test_sets_that_come_along(name: str, tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "qwen2", num_hidden_layers=1)
+    results = quantize(tmp_path / "model", tmp_path / "out", calibration=name, **SMALL)
+    assert math.isfinite(results["perplexity_after"])
+    manifest = read_manifest(tmp_path / "out", "int4")
+    assert manifest.settings["calibration"] == name and "calibration" in manifest.inputs
 
 
 @torch.no_grad()
@@ -186,7 +252,15 @@ NORM = "model.layers.1.input_layernorm.weight"
         (nothing, {"group_size": 256}, UserError, "384 input features.*--group-size 128"),
         (nothing, {"group_size": 100}, UserError, "use one of 32"),
         (nothing, {"embedding_bits": 5}, UserError, "16, 8 or 4"),
-        (nothing, {"method": "magic"}, UserError, "use one of awq, rtn"),
+        (nothing, {"bits": 3}, UserError, "weights of 3 bits.*use 4 or 8"),
+        (nothing, {"head_bits": 5}, UserError, "head of 5 bits.*use 16, 8 or 4"),
+        (nothing, {"head_bits": 4, "lm_head": False}, UserError, "left out.*--no-lm-head"),
+        (nothing, {"kv_bits": 4}, UserError, "KV cache of 4 bits.*use 16 or 8"),
+        (nothing, {"kv_scales": "head"}, UserError, "8-bit KV cache.*--kv-bits 8"),
+        (nothing, {"kv_bits": 8, "kv_scales": "token"}, UserError, "channel, head, tensor"),
+        (nothing, {"head_bits": 8, "symmetric": False}, UserError, "a head of 8 bits.*--symmetric"),
+        (nothing, {"act_order": True}, UserError, "no act-order.*--method gptq"),
+        (nothing, {"method": "magic"}, UserError, "use one of awq, gptq, rtn"),
         (nothing, {"calibration": "none.jsonl", "perplexity": True}, UserError, "no such chat file"),
         (nothing, {"samples": 0, "perplexity": True}, UserError, "samples is 0"),
     ],
