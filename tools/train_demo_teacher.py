@@ -5,28 +5,24 @@
 
 The second line makes the student that the demo distils: a small model that was trained a little, by itself.
 
-Every line of the log is a JSON object. A kill loses at most `--save-every` steps: the same command goes on from there.
-The learning rate is constant, then falls linearly over the last 30 % of `--steps` (warm-up, stable, decay). Hidden
-matrices are trained with Muon, everything else with AdamW. On 2 CPU cores it takes about an hour.
+A kill loses at most `--save-every` steps: the same command goes on from there (`pretraining.py`). Hidden matrices are
+trained with Muon, everything else with AdamW. On 2 CPU cores it takes about an hour.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import shutil
-import time
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
+from pretraining import Batch, Plan, fit, muon, say
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from orin_kit.data.packing import Batch, Example, collate, pack, tokenize_chat
+from orin_kit.data.packing import Example, collate, pack, tokenize_chat
 from orin_kit.data.tasks import Task, distinct, generate
 from orin_kit.distill.accuracy import accuracy
 from orin_kit.distill.dataset import Question
@@ -47,8 +43,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "student": {**COMMON, "hidden_size": 128, "intermediate_size": 384},  # 1.2 M
 }
 PEAK_LR = 3e-3
-WARMUP_STEPS = 100
-DECAY_SHARE = 0.3
 
 
 def rows(tokenizer: ChatTokenizer, seed: int, length: int) -> Iterator[Example]:
@@ -64,31 +58,13 @@ def batches(tokenizer: ChatTokenizer, args: argparse.Namespace, start: int) -> I
         chosen = list(islice(rows(tokenizer, args.seed + 1000 * step, args.length), args.batch_size))
         padding = Example([0] * args.length, [False] * args.length)
         full = collate([*chosen, padding], tokenizer.id_of("<|endoftext|>") or 0)
-        yield Batch(full.input_ids[:-1], full.labels[:-1], full.attention_mask[:-1])
-
-
-def optimizers(model: Qwen2ForCausalLM) -> list[torch.optim.Optimizer]:
-    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    decayed = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" in name]
-    plain = [p for p in model.parameters() if p.ndim < 2]
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
-    return [
-        torch.optim.Muon(hidden, lr=PEAK_LR, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.98)),
-    ]
-
-
-def learning_rate(step: int, steps: int) -> float:
-    decay = max(1, round(steps * DECAY_SHARE))
-    return PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / decay)
+        yield full.input_ids[:-1], full.labels[:-1]
 
 
 def score(model: Qwen2ForCausalLM, tokenizer: ChatTokenizer, tasks: list[Task]) -> dict[str, float]:
     """Exact match by kind and over all, greedy."""
     questions = [Question(task.kind, task.chat()[:-1], task.answer) for task in tasks]
-    found = accuracy(model, tokenizer, questions, max_new_tokens=96, batch_size=128)
-    model.train()
-    return found
+    return accuracy(model, tokenizer, questions, max_new_tokens=96, batch_size=128)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -96,58 +72,21 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     tokenizer = ChatTokenizer(args.directory)
     model = Qwen2ForCausalLM(Qwen2Config(**SIZES[args.size]))
-    optimizer = optimizers(model)
-    checkpoint = args.directory / "train.pt"
-    log = (args.directory / "train.log.jsonl").open("a", encoding="utf-8")
-    start = 0
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True)
-        start = state["step"]
-        model.load_state_dict(state["model"])
-        for o, s in zip(optimizer, state["optimizer"], strict=True):
-            o.load_state_dict(s)
     watched = distinct("calibration", seed=7, count=240)
-    body = torch.compile(model.model) if args.compile else model.model
-    seen, since = 0, time.perf_counter()
-    for step, batch in enumerate(batches(tokenizer, args, start), start):
-        for group in chain.from_iterable(o.param_groups for o in optimizer):
-            group["lr"] = learning_rate(step, args.steps)
-        asked = torch.from_numpy(batch.labels) >= 0
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = body(input_ids=torch.from_numpy(batch.input_ids)).last_hidden_state
-            logits = model.lm_head(hidden[asked])
-        loss = F.cross_entropy(logits.float(), torch.from_numpy(batch.labels)[asked])
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not math.isfinite(norm.item()):
-            raise SystemExit(f"step {step}: the gradient is not finite; run again to go on from the last checkpoint")
-        for o in optimizer:
-            o.step()
-            o.zero_grad(set_to_none=True)
-        seen += batch.input_ids.size
-        done = step + 1
-        if done % 50 == 0 or done == args.steps:
-            speed, seen = seen / (time.perf_counter() - since), 0
-            line: dict[str, Any] = {"step": done, "loss": round(loss.item(), 4), "tokens_per_second": round(speed)}
-            if done % args.eval_every == 0 or done == args.steps:
-                line["calibration"] = {k: round(v, 3) for k, v in score(model, tokenizer, watched).items()}
-            print(json.dumps(line), flush=True)
-            print(json.dumps(line), file=log, flush=True)
-            since = time.perf_counter()
-        if done % args.save_every == 0 or done == args.steps:
-            fresh = checkpoint.with_suffix(".new")
-            states = [o.state_dict() for o in optimizer]
-            torch.save({"step": done, "model": model.state_dict(), "optimizer": states}, fresh)
-            fresh.replace(checkpoint)
-    finish(args, model, tokenizer, log)
+
+    def evaluate() -> dict[str, Any]:
+        return {"calibration": {k: round(v, 3) for k, v in score(model, tokenizer, watched).items()}}
+
+    plan = Plan(args.directory, args.steps, PEAK_LR, args.eval_every, args.save_every, args.compile)
+    fit(model, muon(model, PEAK_LR), lambda start: batches(tokenizer, args, start), plan, evaluate)
+    finish(args, model, tokenizer)
 
 
-def finish(args: argparse.Namespace, model: Qwen2ForCausalLM, tokenizer: ChatTokenizer, log: Any) -> None:
+def finish(args: argparse.Namespace, model: Qwen2ForCausalLM, tokenizer: ChatTokenizer) -> None:
     """Round to fp16, score what is shipped on unseen test problems, and write it."""
     model.half().float()
-    line = {"test": score(model, tokenizer, distinct("test", seed=1, count=args.test_items)), "dtype": "float16"}
-    print(json.dumps(line), flush=True)
-    print(json.dumps(line), file=log, flush=True)
+    test = score(model, tokenizer, distinct("test", seed=1, count=args.test_items))
+    say(args.directory, {"test": test, "dtype": "float16"})
     generation = (args.directory / "generation_config.json").read_text("utf-8")
     model.half().save_pretrained(args.directory, safe_serialization=True)
     (args.directory / "generation_config.json").write_text(generation, "utf-8")

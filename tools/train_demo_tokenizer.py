@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -37,8 +38,8 @@ CHAT_TEMPLATE = """\
 """
 
 
-def train(tasks: int = 20_000) -> Tokenizer:
-    """A tokenizer of `VOCAB_SIZE` tokens: `SPECIALS` come first, `THOUGHT` last."""
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A tokenizer of at most `vocab_size` tokens: `SPECIALS` come first, `THOUGHT` last."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -48,26 +49,19 @@ def train(tasks: int = 20_000) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(THOUGHT),
+        vocab_size=vocab_size - len(THOUGHT),
         special_tokens=[AddedToken(t, special=True, normalized=False) for t in SPECIALS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    problems = islice(generate("train", seed=0), tasks)
-    texts = [f"{task.question}\n{task.steps}\n{task.answer}" for task in problems]
-    prose = [topics[name] for name in sorted(topics)]
-    random.Random(0).shuffle(texts)
-    tokenizer.train_from_iterator(texts + prose, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in THOUGHT])
     return tokenizer
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path)
-    directory: Path = parser.parse_args().directory
+def write(tokenizer: Tokenizer, directory: Path) -> None:
+    """The tokenizer, its chat template and its stop tokens, as transformers and orin-kit read them."""
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = train()
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
     config = {
@@ -81,6 +75,22 @@ def main() -> None:
     stop = [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]
     generation = {"eos_token_id": stop, "pad_token_id": stop[1], "do_sample": False}
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", "utf-8")
+
+
+def demo_texts(tasks: int = 20_000) -> list[str]:
+    problems = islice(generate("train", seed=0), tasks)
+    texts = [f"{task.question}\n{task.steps}\n{task.answer}" for task in problems]
+    prose = [topics[name] for name in sorted(topics)]
+    random.Random(0).shuffle(texts)
+    return texts + prose
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    directory: Path = parser.parse_args().directory
+    tokenizer = train(demo_texts(), VOCAB_SIZE)
+    write(tokenizer, directory)
     print(f"{tokenizer.get_vocab_size()} tokens in {directory}")
 
 
