@@ -15,7 +15,7 @@ from orin_kit.export.dialects.ort import OrtDialect
 from orin_kit.export.dialects.reference import ReferenceDialect
 from orin_kit.export.dialects.trt_native import TrtNativeDialect
 from orin_kit.export.dialects.trt_plugin import TrtPluginDialect
-from orin_kit.export.options import GraphOptions
+from orin_kit.export.options import DEFAULT_GROUP, DEFAULT_MAX_LEN, GraphOptions
 from orin_kit.export.save import save
 from orin_kit.export.tensors import DecoderTensors
 from orin_kit.manifest import MANIFEST, ONNX_DATA, ONNX_MODEL, read_manifest, write_artifact
@@ -33,8 +33,6 @@ DIALECTS: dict[str, type[Dialect]] = {
 KV_UPDATES = ("select", "layer")
 PACKED = ("int4", "int8")
 PRECISIONS = ("fp32", "fp16", "bf16", *PACKED)
-DEFAULT_MAX_LEN = 4096
-DEFAULT_GROUP = 128
 # MatMulNBits: int8 activations are the fast path of the CPU provider; on CUDA weights are dequantized to the
 # activations' dtype whatever is said. onnxruntime-genai's builder chooses the same.
 ACCURACY_LEVELS = {"cpu": 4, "cuda": 0}

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# What `export` does when it is not told. Here because `inspect` says it too, without the exporter's packages.
+DEFAULT_MAX_LEN = 4096  # the longest context, where the model's own is not shorter
+DEFAULT_GROUP = 128  # input features that share a scale, of a plain checkpoint rounded to int4
+EMBEDDING_GROUP = 32  # features of an embedding row that share a scale, of a table of its own
+
 
 @dataclass(frozen=True)
 class GraphOptions:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from orin_kit.errors import ArtifactError, UserError
-from orin_kit.inspect.inspection import Graph, Initializers, Input, Inspection, Made, Model, Port
-from orin_kit.inspect.onnx_file import VALUE_BYTES, OnnxFile, Value, external_files, read_onnx
+from orin_kit.export.options import DEFAULT_MAX_LEN
+from orin_kit.inspect.inspection import Input, Inspection, Made, Model
+from orin_kit.inspect.onnx_file import VALUE_BYTES, read_onnx
+from orin_kit.inspect.onnx_graph import caches, fixed_bytes, graph_of, stored_tensors
 from orin_kit.inspect.predict import assumptions, predictions
-from orin_kit.inspect.tensors import PACKED, SCALE, Tensor, bits_of, by_kind, kind_of, mismatches
+from orin_kit.inspect.tensors import CACHE_SCALES, PACKED, ZERO_BIAS, Codes, Tensor, by_kind, mismatches, packings
 from orin_kit.manifest import MANIFEST, ONNX_MODEL, Manifest, read_manifest, sha256_input
-from orin_kit.models.spec import EMBEDDING, DecoderSpec, read_spec
+from orin_kit.models.formats.format import Format
+from orin_kit.models.formats.registry import read_format
+from orin_kit.models.spec import EMBEDDING, HEAD, DecoderSpec, read_spec
+from orin_kit.models.weights import DTYPES, WeightSource
 from orin_kit.profile.roofline import AGX_ORIN_64GB
 
-EXPORT_MAX_LEN = 4096  # export's default, where the model's own context is not shorter
 CHECKPOINTS = ("model", "int4", "checkpoint", "config")  # kinds that are Hugging Face directories
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 DEMO_SUMMARY = "summary.json"
@@ -32,7 +35,7 @@ TRAITS = ("qkv_bias", "o_bias", "mlp_bias", "conv_bias", "qk_norm")
 def inspect(
     directory: str | Path, *, context: int | None = None, prompt_length: int | None = None, verify: bool = False
 ) -> Inspection:
-    """Say what a directory is: a checkpoint, plain or INT4, an ONNX artifact, or anything else orin-kit writes.
+    """Say what a directory is: a checkpoint, plain or quantized, an ONNX artifact, or anything else orin-kit writes.
 
     Args:
         directory: to look at.
@@ -66,8 +69,9 @@ def inspect(
         spec = read_spec(directory)
         longest = found.model.max_len if kind == "onnx" else spec.max_position_embeddings
         at = _within("--context", context, 1024, longest), _within("--prompt-length", prompt_length, 128, longest)
-        found.device, found.assumptions = AGX_ORIN_64GB.name, assumptions(AGX_ORIN_64GB)
-        found.predictions = predictions(spec, found.model, *at, exported=kind == "onnx")
+        found.device, found.assumptions = AGX_ORIN_64GB.name, assumptions(AGX_ORIN_64GB, found.graph)
+        settings = found.made.settings if found.made else {}
+        found.predictions = predictions(spec, found.model, *at, exported=kind == "onnx", settings=settings)
     return found
 
 
@@ -110,116 +114,86 @@ def _made(manifest: Manifest, verify: bool) -> Made:
 
 def _look_at_checkpoint(found: Inspection, directory: Path) -> None:
     spec = read_spec(directory)
-    tensors = [] if found.kind == "config" else _stored(directory, spec)
-    max_len = min(EXPORT_MAX_LEN, spec.max_position_embeddings)
-    found.model = _model(spec, tensors, "F16", max_len)
+    scheme = None if spec.quantization_config is None else read_format(spec.quantization_config)
+    tensors = [] if found.kind == "config" else _stored(directory, spec, scheme)
+    max_len = min(DEFAULT_MAX_LEN, spec.max_position_embeddings)
+    has_scales = scheme is not None and any(tensor.part in CACHE_SCALES for tensor in tensors)
+    one_table = found.made is not None and bool(found.made.settings.get("tied_table"))
+    spec = replace(spec, tie_word_embeddings=spec.tie_word_embeddings or one_table)
+    found.model = _model(spec, tensors, "I8" if has_scales else "F16", max_len)
+    if scheme is not None:
+        found.model.quantization = str((spec.quantization_config or {})["quant_method"])
     if tensors:
         found.mismatches += mismatches(tensors, found.model.kinds, spec, names=True)
 
 
-def _stored(directory: Path, spec: DecoderSpec) -> list[Tensor]:
-    from orin_kit.models.formats.registry import read_format
-    from orin_kit.models.weights import DTYPES as STORED  # with ml_dtypes, which ONNX artifacts do without
-    from orin_kit.models.weights import WeightSource
-
-    names = {dtype: name for name, dtype in STORED.items()}
-    scheme = None if spec.quantization_config is None else read_format(spec.quantization_config)
-    source = WeightSource(directory)
+def _stored(directory: Path, spec: DecoderSpec, scheme: Format | None) -> list[Tensor]:
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    source, expected = WeightSource(directory), spec.tensor_shapes()
     tensors = []
     for name in source.names:
         array = source.get(name)  # a view: nothing is read
         tensor = Tensor(name, names[array.dtype.type], array.shape, array.nbytes)
         module, _, part = name.rpartition(".")
-        if scheme is not None and part in scheme.parts and f"{module}.{scheme.weight_part}" in source:
-            packing = scheme.packing(source, module)
-            shape = packing.shape if part == scheme.weight_part else tensor.shape
-            bits = packing.bits if part == scheme.weight_part else None
-            tensor = Tensor(f"{module}.{scheme.parts[part]}", tensor.dtype, shape, tensor.bytes, bits)
+        if scheme is not None and f"{module}.{scheme.weight_part}" in source:
+            if part == scheme.weight_part:
+                how = scheme.packing(source, module)  # reads zero points and order, where there are any
+                codes = Codes(how.bits, how.group_size, how.has_zero_points, how.has_order)
+                tensor = Tensor(f"{module}.{PACKED}", tensor.dtype, how.shape, tensor.bytes, codes)
+            elif part in scheme.parts:
+                tensor = replace(tensor, name=f"{module}.{scheme.parts[part]}")
+            elif part == "bias" and name not in expected and not array.any():
+                tensor = replace(tensor, name=f"{module}.{ZERO_BIAS}")
         tensors.append(tensor)
     return tensors
 
 
 def _look_at_onnx(found: Inspection, directory: Path, manifest: Manifest | None) -> None:
     spec, onnx = read_spec(directory), read_onnx(directory / ONNX_MODEL)
-    tensors = [Tensor(i.name, i.dtype, i.shape, i.bytes) for i in onnx.initializers]
+    tensors, shared = stored_tensors(onnx, spec)
+    if not any(tensor.module == HEAD for tensor in tensors) and any(t.codes and t.module == EMBEDDING for t in tensors):
+        spec = replace(spec, tie_word_embeddings=True)  # a packed head makes config.json say that there are two
     settings = manifest.settings if manifest else {}
     tables = [tensor.shape[0] for tensor in tensors if tensor.name == "rotary.cos"]
-    max_len = int(settings.get("max_len") or next(iter(tables), min(EXPORT_MAX_LEN, spec.max_position_embeddings)))
-    caches = [value for value in onnx.inputs if value.name.startswith(("past_key_values.", "past_conv."))]
-    cache_dtype = caches[0].dtype if caches else "F16"
+    max_len = int(settings.get("max_len") or next(iter(tables), min(DEFAULT_MAX_LEN, spec.max_position_embeddings)))
+    cache_dtype = next((value.dtype for value in caches(onnx)), "F16")
     found.model = model = _model(spec, tensors, cache_dtype, max_len)
-    found.graph = _graph(onnx, tensors, spec, settings)
+    found.graph = graph_of(onnx, tensors, shared, spec, settings)
     found.mismatches += mismatches(tensors, model.kinds, spec, names=False)
     for what, prefix, said in (
         ("KV cache bytes a token", "past_key_values.", model.kv_bytes_per_token),
         ("convolution state bytes", "past_conv.", model.conv_state_bytes),
     ):
-        held = sum(_fixed_bytes(value) for value in caches if value.name.startswith(prefix))
+        held = sum(map(fixed_bytes, caches(onnx, prefix)))
         if held != said:
             found.mismatches.append(f"{what}: config.json says {said:,}, the graph's inputs {held:,}")
 
 
-def _fixed_bytes(value: Value) -> int:
-    """Bytes of an input whose named dimensions are 1."""
-    return VALUE_BYTES[value.dtype] * math.prod(size for size in value.shape if isinstance(size, int))
-
-
-def _graph(onnx: OnnxFile, tensors: Sequence[Tensor], spec: DecoderSpec, settings: dict[str, Any]) -> Graph:
-    ops: dict[str, dict[str, int]] = {}
-    for (domain, op), count in sorted(onnx.ops.items(), key=lambda item: (item[0][0], -item[1], item[0][1])):
-        ops.setdefault(domain or "ai.onnx", {})[op] = count
-    counts: Counter[tuple[str, str]] = Counter()
-    sizes: Counter[tuple[str, str]] = Counter()
-    for tensor in tensors:
-        key = kind_of(tensor.name, spec), tensor.dtype
-        counts[key] += 1
-        sizes[key] += tensor.bytes
-    return Graph(
-        producer=onnx.producer,
-        ir_version=onnx.ir_version,
-        dialect=str(settings.get("dialect") or ("ort" if "com.microsoft" in onnx.opsets else "reference")),
-        opsets={domain or "ai.onnx": version for domain, version in onnx.opsets.items()},
-        ops=ops,
-        inputs=[_port(value) for value in onnx.inputs],
-        outputs=[_port(value) for value in onnx.outputs],
-        initializers=[Initializers(kind=k, dtype=d, count=counts[k, d], bytes=sizes[k, d]) for k, d in sorted(counts)],
-        external_files=external_files(onnx),
-    )
-
-
-def _port(value: Value) -> Port:
-    return Port(name=value.name, dtype=value.dtype, shape=list(value.shape))
-
-
 def _model(spec: DecoderSpec, tensors: Sequence[Tensor], cache_dtype: str, max_len: int) -> Model:
-    kinds = by_kind(tensors, spec)
+    kinds, packed = by_kind(tensors, spec), packings(tensors, spec)
     table = spec.vocab_size * spec.hidden_size
     return Model(
         family=spec.model_type,
         mixer="convolution" if spec.layout.mixer == "conv" else spec.layout.mixer,
         sizes={name: getattr(spec, name) for name in SIZES if getattr(spec, name)},
         traits=[name for name in TRAITS if getattr(spec, name)],
+        quantization=None,
         tied=spec.tie_word_embeddings,
         parameters=spec.num_parameters,
         embedding_parameters=table,
         head_parameters=0 if spec.tie_word_embeddings else table,
         stored_parameters=sum(row.parameters for row in kinds) if tensors else None,
-        group_size=_group_size(tensors, spec),
+        group_size=packed[0].group_size if packed else None,
+        packings=packed,
         kinds=kinds,
         weights_bytes=sum(row.bytes for row in kinds),
         token_bytes=sum(row.token_bytes for row in kinds),
         cache_dtype=cache_dtype,
         kv_bytes_per_token=spec.kv_bytes_per_token(VALUE_BYTES[cache_dtype]),
+        kv_scale_bytes=sum(row.bytes for row in kinds if row.kind == "cache_scales"),
         conv_state_bytes=spec.conv_state_bytes(VALUE_BYTES[cache_dtype]),
         max_len=max_len,
     )
-
-
-def _group_size(tensors: Sequence[Tensor], spec: DecoderSpec) -> int | None:
-    """Of the first packed linear: its weights for each of its scales."""
-    scales = {t.module: math.prod(t.shape) for t in tensors if t.part == SCALE and t.module != EMBEDDING}
-    packed = (t for t in tensors if t.part == PACKED and scales.get(t.module))
-    return next((8 * t.bytes // bits_of(t, spec) // scales[t.module] for t in packed), None)
 
 
 def _within(option: str, wanted: int | None, default: int, longest: int) -> int:

@@ -6,7 +6,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, Field
 
-from orin_kit.inspect.tensors import KindBytes
+from orin_kit.inspect.tensors import KindBytes, Packing
 from orin_kit.profile.roofline import Span
 
 SCHEMA: Final = "orin-kit/inspect/1"
@@ -37,14 +37,18 @@ class Model(BaseModel):
     Attributes:
         sizes: the config's own numbers; those that are 0 are left out.
         traits: what else it has: "qkv_bias", "qk_norm", ...
-        tied: the head is the embedding table, by the config.
+        quantization: the format of a checkpoint's packed weights, as its config.json calls it.
+        tied: head and embedding are one table, by the config, or because `quantize` or `export` made one packed table.
         parameters, embedding_parameters, head_parameters: by the config; a tied table counts once, as the embedding.
         stored_parameters: counted in the files; None where there are no weights.
-        group_size: input features that share a scale, of INT4 linears.
+        group_size: input features that share a scale, of the layers' packed linears.
+        packings: the ways in which weights are packed; empty where all are plain.
         kinds: the stored tensors by what they are for.
         weights_bytes, token_bytes: of all tensors; of those that one decoded token must read.
-        cache_dtype: of the cache or state, the graph's own or "F16", what a checkpoint is taken to be run with.
+        cache_dtype: of the cache or state, the graph's own; of checkpoints what they are taken to be run with, "I8"
+            where they hold the scales for it, else "F16".
         kv_bytes_per_token: bytes that a token of context costs; 0 for convolutions.
+        kv_scale_bytes: of an int8 cache's scales, the same at any length.
         conv_state_bytes: of one row's convolution states at any length; 0 for attention.
         max_len: tokens the cache is reserved for; the export's own, or what export would choose.
     """
@@ -53,17 +57,20 @@ class Model(BaseModel):
     mixer: str
     sizes: dict[str, int]
     traits: list[str]
+    quantization: str | None
     tied: bool
     parameters: int
     embedding_parameters: int
     head_parameters: int
     stored_parameters: int | None
     group_size: int | None
+    packings: list[Packing]
     kinds: list[KindBytes]
     weights_bytes: int
     token_bytes: int
     cache_dtype: str
     kv_bytes_per_token: int
+    kv_scale_bytes: int
     conv_state_bytes: int
     max_len: int
 
@@ -85,8 +92,32 @@ class Initializers(BaseModel):
     bytes: int
 
 
+class Adapters(BaseModel):
+    """What LoRA adapters may change at run time; their ranks are their own.
+
+    Attributes:
+        targets: linears by the last part of their names; q, k and v share inputs, so one of them brings all.
+        linears: of the graph, that take an adapter.
+        dtype: of their inputs.
+        bytes_per_rank: of an adapter with rank 1 at every such linear; read for every token, and not in any prediction.
+    """
+
+    targets: list[str]
+    linears: int
+    dtype: str
+    bytes_per_rank: int
+
+
 class Graph(BaseModel):
-    """The ONNX graph; domains by name, the standard one as "ai.onnx"."""
+    """The ONNX graph; domains by name, the standard one as "ai.onnx".
+
+    Attributes:
+        initializers: those that are `shared` left out.
+        shared: initializers that are other initializers' bytes -> whose.
+        adapters: None where the graph takes none.
+        external_files: name -> bytes it must have; a file that lacks some ends the command.
+        copies_cache: the keys and values are not written in place.
+    """
 
     producer: str
     ir_version: int
@@ -96,7 +127,10 @@ class Graph(BaseModel):
     inputs: list[Port]
     outputs: list[Port]
     initializers: list[Initializers]
-    external_files: dict[str, int]  # name -> bytes it must have; a file that lacks some ends the command
+    shared: dict[str, str]
+    adapters: Adapters | None
+    external_files: dict[str, int]
+    copies_cache: bool
 
 
 class Prediction(BaseModel):

@@ -10,7 +10,7 @@ import math
 import mmap
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,15 @@ DTYPES: dict[int, tuple[str, int]] = {
     27: ("F6_E2M3", 6), 28: ("F6_E3M2", 6),
 }  # fmt: skip
 VALUE_BYTES = {name: bits // 8 for name, bits in DTYPES.values()}
+# Operators that read packed weights: which input holds them, bits of a code where the attribute `bits` does not say
+# (None: the input's own type), and the attribute that says how many input features share a scale.
+PACKED_INPUTS: dict[tuple[str, str], tuple[int, int | None, str]] = {
+    ("com.microsoft", "MatMulNBits"): (1, 4, "block_size"),
+    ("com.microsoft", "GatherBlockQuantized"): (0, 4, "block_size"),
+    ("orin_kit", "Int4Linear"): (1, 4, "group_size"),
+    ("orin_kit", "EmbeddingGather"): (1, 4, "group_size"),
+    ("", "DequantizeLinear"): (0, None, "block_size"),
+}
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 EXTERNAL = 1  # TensorProto.DataLocation
 MEND = "export it again, or copy it whole"
@@ -48,7 +57,8 @@ class Initializer:
     Attributes:
         bytes: of its data, wherever it lies.
         file: the external file, "" when the data are in the model itself.
-        end: where the data end in that file.
+        start: where the data begin in that file.
+        bits, group_size: of weights that a node reads as packed ones; None for others.
     """
 
     name: str
@@ -56,7 +66,13 @@ class Initializer:
     shape: tuple[int, ...]
     bytes: int
     file: str = ""
-    end: int = 0
+    start: int = 0
+    bits: int | None = None
+    group_size: int | None = None
+
+    @property
+    def end(self) -> int:
+        return self.start + self.bytes
 
 
 @dataclass(frozen=True)
@@ -114,10 +130,11 @@ def _check_external(directory: Path, model: OnnxFile) -> None:
 def _read_model(view: memoryview) -> OnnxFile:
     model = _message(view)
     ir_version, graph = int(model[1][0]), _message(model[7][0])
+    packed: dict[str, tuple[int | None, int]] = {}
     initializers = tuple(_initializer(_message(tensor)) for tensor in graph.get(5, ()))
     stored = {tensor.name for tensor in initializers}  # older files list them among the inputs
     ops: Counter[tuple[str, str]] = Counter()
-    _count(graph, ops)
+    _look_at_nodes(graph, ops, packed)
     return OnnxFile(
         producer=_text(model, 2),
         ir_version=ir_version,
@@ -125,16 +142,37 @@ def _read_model(view: memoryview) -> OnnxFile:
         ops=ops,
         inputs=tuple(value for value in map(_value, graph.get(11, ())) if value.name not in stored),
         outputs=tuple(map(_value, graph.get(12, ()))),
-        initializers=initializers,
+        initializers=tuple(_as_packed(tensor, packed) for tensor in initializers),
     )
 
 
-def _count(graph: Message, ops: Counter[tuple[str, str]]) -> None:
+def _look_at_nodes(graph: Message, ops: Counter[tuple[str, str]], packed: dict[str, tuple[int | None, int]]) -> None:
+    """Count the operators, and note the bits and group sizes of what is read as packed weights."""
     for node in map(_message, graph.get(1, ())):
-        ops["" if (domain := _text(node, 7)) == "ai.onnx" else domain, _text(node, 4)] += 1
+        op = "" if (domain := _text(node, 7)) == "ai.onnx" else domain, _text(node, 4)
+        ops[op] += 1
+        numbers: dict[str, int] = {}
         for attribute in map(_message, node.get(5, ())):
+            if 3 in attribute:
+                numbers[_text(attribute, 1)] = int(attribute[3][-1])
             for subgraph in attribute.get(6, []) + attribute.get(11, []):
-                _count(_message(subgraph), ops)
+                _look_at_nodes(_message(subgraph), ops, packed)
+        if op in PACKED_INPUTS:
+            place, bits, group = PACKED_INPUTS[op]
+            packed[str(node[1][place], "utf-8")] = numbers.get("bits", bits), numbers.get(group, 0)
+
+
+def _as_packed(tensor: Initializer, packed: dict[str, tuple[int | None, int]]) -> Initializer:
+    if tensor.name not in packed:
+        return tensor
+    bits, group_size = packed[tensor.name]
+    if bits is None:
+        bits = next(bits for name, bits in DTYPES.values() if name == tensor.dtype)
+    if bits < 1:
+        raise ValueError(f"{tensor.name} is read in codes of {bits} bits")
+    if bits > 8:  # a bias in int32, say
+        return tensor
+    return replace(tensor, bits=bits, group_size=group_size or None)
 
 
 def _value(view: memoryview) -> Value:
@@ -157,7 +195,7 @@ def _initializer(tensor: Message) -> Initializer:
     where = {_text(entry, 1): _text(entry, 2) for entry in map(_message, tensor.get(13, ()))}
     if int(where.get("length", size)) != size:
         raise ValueError(f"{name} has {where['length']} bytes, its shape says {size}")
-    return Initializer(name, dtype, shape, size, where["location"], int(where.get("offset", 0)) + size)
+    return Initializer(name, dtype, shape, size, where["location"], int(where.get("offset", 0)))
 
 
 def _text(message: Message, number: int) -> str:

@@ -10,7 +10,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orin_kit.inspect.inspection import Graph, Inspection, Made, Model, Port, Prediction
+from orin_kit.inspect.inspection import Adapters, Graph, Inspection, Made, Model, Port, Prediction
+from orin_kit.inspect.tensors import Packing
 from orin_kit.profile.targets import GB
 
 WIDTH = 100
@@ -18,7 +19,7 @@ KINDS = {
     "model": "a checkpoint made by orin-kit",
     "checkpoint": "a Hugging Face checkpoint",
     "config": "a checkpoint's config, without weights",
-    "int4": "an INT4 checkpoint made by orin-kit",
+    "int4": "a quantized checkpoint made by orin-kit",
     "onnx": "an ONNX artifact",
     "demo": "a run of orin-kit demo",
 }
@@ -54,7 +55,9 @@ def _parts(found: Inspection) -> Iterator[RenderableType]:
     if found.made:
         yield _made(found.made)
     if found.model:
-        yield _model(found.model)
+        # A quantized checkpoint of one table has it as transformers wants it too.
+        table_twice = found.graph is None and found.made is not None and bool(found.made.settings.get("tied_table"))
+        yield _model(found.model, table_twice=table_twice)
         if found.model.kinds:
             yield _kinds(found.model)
         yield _cache(found.model, exported=found.graph is not None)
@@ -88,19 +91,29 @@ def _made(made: Made) -> Table:
     )
 
 
-def _model(model: Model) -> Table:
+def _model(model: Model, *, table_twice: bool) -> Table:
     sizes = ", ".join(f"{name} {value:,}" for name, value in model.sizes.items())
     stored = "no weights" if model.stored_parameters is None else f"{model.stored_parameters:,}"
-    group = f"; INT4 in groups of {model.group_size}" if model.group_size else ""
+    packed = [f"{stored}", *map(_packing, model.packings)]
+    if table_twice:
+        packed.append("head and embedding are one table, stored packed and dequantized")
     head = "the embedding table (tied)" if model.tied else f"{model.head_parameters:,}"
     return _pairs(
         {
             "decoder": ", ".join([model.family, model.mixer, *model.traits]),
+            **({"quantized": model.quantization} if model.quantization else {}),
             "sizes": sizes,
             "parameters": f"{model.parameters:,}; embedding {model.embedding_parameters:,}; head: {head}",
-            "in the files": f"{stored}{group}",
+            "in the files": "; ".join(packed),
         }
     )
+
+
+def _packing(packing: Packing) -> str:
+    group = f" in groups of {packing.group_size}" if packing.group_size else ""
+    zeros, order = " with zero points" * packing.zero_points, " in act-order" * packing.order
+    kinds = ", ".join(kind.replace("_", " ") for kind in packing.kinds)
+    return f"INT{packing.bits}{group}{zeros}{order} ({packing.count}: {kinds})"
 
 
 def _kinds(model: Model) -> Table:
@@ -125,8 +138,9 @@ def _cache(model: Model, *, exported: bool) -> Text:
     if model.mixer == "convolution":
         return Text(f"State: {size(model.conv_state_bytes)} a row ({dtype}), the same at any length.")
     full = size(model.max_len * model.kv_bytes_per_token)
+    scales = f"; scales {size(model.kv_scale_bytes)} in all" if model.kv_scale_bytes else ""
     a_token = f"{model.kv_bytes_per_token:,} bytes a token ({dtype})"
-    return Text(f"KV cache: {a_token}, {full} at max_len {model.max_len:,}.")
+    return Text(f"KV cache: {a_token}, {full} at max_len {model.max_len:,}{scales}.")
 
 
 def _graph(graph: Graph) -> Table:
@@ -145,10 +159,23 @@ def _graph(graph: Graph) -> Table:
             **ops,
             "inputs": _ports(graph.inputs),
             "outputs": _ports(graph.outputs),
+            **({"adapters": _adapters(graph.adapters)} if graph.adapters else {}),
             "initializers": weights,
+            **({"shared": _shared(graph)} if graph.shared else {}),
             "external data": files or "none, all weights lie in the model file",
         }
     )
+
+
+def _adapters(adapters: Adapters) -> str:
+    return (
+        f"LoRA of any rank for {', '.join(adapters.targets)}: {adapters.linears} linears, "
+        f"{size(adapters.bytes_per_rank)} a rank ({adapters.dtype})"
+    )
+
+
+def _shared(graph: Graph) -> str:
+    return "; ".join(f"{name} is the bytes of {other}" for name, other in graph.shared.items())
 
 
 def _ports(ports: Sequence[Port]) -> str:

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from orin_kit.export.dialect import Graph
 from orin_kit.export.dialects import matmulnbits
+from orin_kit.export.options import EMBEDDING_GROUP
 from orin_kit.export.tensors import Linear
 from orin_kit.models.packing import PackedWeight
 from orin_kit.models.spec import EMBEDDING
 from orin_kit.quantize.int4 import quantize_groups
 
-EMBEDDING_GROUP = 32
 INT8_CACHE = MappingProxyType({"kv_cache_bit_width": 8, "k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"})
 
 

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from orin_kit.errors import UserError
 from orin_kit.export import standard
 from orin_kit.export.dialect import Graph, Ops
+from orin_kit.export.options import EMBEDDING_GROUP
 from orin_kit.export.tensors import Linear
 from orin_kit.models.packing import PackedWeight
 from orin_kit.models.spec import EMBEDDING
 from orin_kit.quantize.int4 import quantize_groups
 
 DOMAIN = "trt"
-EMBEDDING_GROUP = 32
 MASKED = -65504.0  # the least fp16
 
 

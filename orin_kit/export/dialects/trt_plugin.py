@@ -20,6 +20,7 @@ from orin_kit.errors import UserError
 from orin_kit.export import standard
 from orin_kit.export.dialect import Graph, Ops
 from orin_kit.export.interleave import FEATURES, ROWS, interleave, tiles
+from orin_kit.export.options import EMBEDDING_GROUP
 from orin_kit.export.tensors import Linear
 from orin_kit.models.packing import PackedWeight
 from orin_kit.models.spec import EMBEDDING
@@ -28,7 +29,6 @@ from orin_kit.quantize.int4 import quantize_groups
 DOMAIN = "orin_kit"
 PLUGIN = MappingProxyType({"plugin_version": "1", "plugin_namespace": DOMAIN})
 HEAD_DIMS, GROUPS = (64, 128), (32, 64, 128)
-EMBEDDING_GROUP = 32
 
 
 class TrtPluginDialect:
