@@ -293,6 +293,68 @@ def export(
     click.echo(f"wrote {out} ({results['model_bytes'] / 1e6:.1f} MB)")
 
 
+@cli.command("build-engine")
+@click.argument("onnx", type=DIRECTORY)
+@click.option("--out", "-o", type=DIRECTORY, help="The directory to write.")
+@click.option("--kv", type=click.Choice(["plugin", "native"]), default="plugin", show_default=True,
+              help="Who attends and keeps the cache: our plugins, or TensorRT's own layers.")  # fmt: skip
+@click.option("--max-batch", type=click.IntRange(1), default=1, show_default=True, help="Rows at once.")
+@click.option("--max-len", type=click.IntRange(1), help="Tokens of a row's cache.  [default: all that ONNX allows]")
+@click.option("--prefill", type=click.IntRange(1),
+              help="Tokens of a prompt in one step; longer ones take several.  [default: at most 512]")  # fmt: skip
+@click.option("--opt-prefill", type=click.IntRange(1),
+              help="Prompt length that kernels are chosen for.  [default: at most 128]")  # fmt: skip
+@click.option("--logits", type=click.IntRange(1), default=16, show_default=True,
+              help="Positions scored in one step.")  # fmt: skip
+@click.option("--lora-rank", type=click.IntRange(0), default=0, show_default=True,
+              help="Largest rank of adapters, where ONNX takes some.")  # fmt: skip
+@click.option("--workspace", "workspace_mb", type=click.IntRange(1), metavar="MB",
+              help="Memory for intermediate results of a layer.  [default: TensorRT's]")  # fmt: skip
+@click.option("--level", type=click.IntRange(0, 5), default=3, show_default=True,
+              help="TensorRT's optimization level: 0 builds fastest, 5 runs fastest.")  # fmt: skip
+@click.option("--timing-cache", type=FILE, help="Kernels measured before.  [default: in ~/.cache/orin-kit]")
+@click.option("--refit", is_flag=True, help="Let the engine take other weights later.")
+@click.option("--refit-from", type=DIRECTORY, help="An engine built with --refit: only put ONNX's weights into it.")
+@click.option("--weight-streaming", is_flag=True, help="Let weights stay out of GPU memory; slower.")
+@click.option("--plugins", type=FILE, help="The plugin library.  [default: $ORIN_KIT_PLUGINS, or where it was built]")
+@click.option("--memory-check/--no-memory-check", "check_memory", default=True, show_default=True,
+              help="Refuse to build with less memory than the estimate.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Print what would be built, and build nothing; needs no TensorRT.")
+@click.option("--tensorrt", metavar="VERSION", help="Version that --dry-run plans for.  [default: installed, or 10.3]")
+@click.option("--json", "as_json", is_flag=True, help="Print --dry-run's plan as one JSON object.")
+@overwrite_option
+@example(
+    "orin-kit build-engine student-onnx --out student-engine",
+    "orin-kit build-engine student-onnx --dry-run --tensorrt 10.16",
+    "orin-kit build-engine student-onnx -o engine --max-len 2048 --level 5 --refit",
+    "orin-kit build-engine student-2-onnx -o engine-2 --refit-from engine",
+)
+def build_engine(
+    onnx: Path, out: Path | None, dry_run: bool, tensorrt: str | None, as_json: bool, plugins: Path | None,
+    refit_from: Path | None, check_memory: bool, overwrite: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Build a TensorRT engine from ONNX (`export --dialect trt_plugin`), on the Orin that will run it."""
+    from orin_kit.engine.build import Options, plan_engine
+    from orin_kit.engine.build import build_engine as run
+
+    chosen = Options(**options)
+    if dry_run:
+        from orin_kit.engine.report import plan_json, print_plan
+
+        source, plan = plan_engine(onnx, chosen, tensorrt=tensorrt)
+        if as_json:
+            click.echo(plan_json(source, plan))
+        else:
+            print_plan(source, plan)
+        return
+    if out is None:
+        raise click.UsageError("Missing option '--out' / '-o'.")
+    results = run(
+        onnx, out, chosen, plugins=plugins, refit_from=refit_from, check_memory=check_memory, overwrite=overwrite
+    )
+    click.echo(f"wrote {out} ({results['model_bytes'] / 1e6:.1f} MB, built in {results['build_seconds']:.0f} s)")
+
+
 @cli.command()
 @click.argument("artifact", type=DIRECTORY)
 @out_option
@@ -385,6 +447,26 @@ def inspect_directory(directory: Path, as_json: bool, **options: Any) -> None:
         click.echo(found.model_dump_json(by_alias=True, indent=2))
     else:
         print_inspection(found)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@example("orin-kit doctor", "orin-kit doctor --json")
+def doctor(as_json: bool) -> None:
+    """Say whether this machine can run models on an Orin, and what to do about what is missing.
+
+    Exit code 1 when something needed is missing; optional lines only cost speed.
+    """
+    from orin_kit.doctor.doctor import doctor as run
+    from orin_kit.doctor.report import print_report
+
+    report = run()
+    if as_json:
+        click.echo(report.model_dump_json(by_alias=True, indent=2))
+    else:
+        print_report(report)
+    if not report.ok:
+        sys.exit(EXIT_INTERNAL)
 
 
 @cli.command()

@@ -54,38 +54,39 @@ def open_runtime(
     provider: str = "cpu",
     adapter: str | Path | None = None,
 ) -> Runtime:
-    """Open an ONNX artifact.
+    """Open an ONNX artifact, or an engine on the machine that built it.
 
     Args:
-        directory: what `orin-kit export` wrote.
+        directory: what `orin-kit export` or `orin-kit build-engine` wrote.
         max_len: tokens a row of the cache can hold; `DEFAULT_MAX_LEN`, or the artifact's own limit if that is less.
         batch_size: rows of the cache.
-        threads: CPU threads; all the process may use when None.
-        provider: "cpu" or "cuda".
+        threads: CPU threads of onnxruntime; all the process may use when None.
+        provider: of onnxruntime, "cpu" or "cuda"; an engine runs on the GPU.
         adapter: a LoRA adapter to begin with; see `Runtime.set_adapter`.
 
     Raises:
-        ArtifactError: the directory is not a whole ONNX artifact.
+        ArtifactError: the directory is not a whole artifact of these kinds, or an engine of another machine.
         UserError: `max_len` is longer than the artifact allows, or the provider cannot run it.
     """
     directory = Path(directory)
-    manifest = read_manifest(directory, "onnx")
+    manifest = read_manifest(directory, "onnx", "engine")
     limit = int(manifest.settings["max_len"])
     if max_len is not None and not 1 <= max_len <= limit:
         what = f"--max-len {max_len} is not between 1 and {limit}, the longest context of {directory}"
         raise UserError(what, mend=f"lower it, or export again with --max-len {max_len}")
     started = time.perf_counter()
     tokenizer = ChatTokenizer(directory)
-    # onnxruntime takes a while to import; the tokenizer's users do not need it.
-    from orin_kit.runtime.backends.onnx import OnnxBackend
+    max_len = max_len or min(DEFAULT_MAX_LEN, limit)
+    backend: Backend
+    # Backends take a while to import, and each needs packages of its own.
+    if manifest.kind == "engine":
+        from orin_kit.runtime.backends.tensorrt_engine import open_engine
 
-    backend = OnnxBackend(
-        directory,
-        max_len=max_len or min(DEFAULT_MAX_LEN, limit),
-        batch_size=batch_size,
-        threads=threads,
-        provider=provider,
-    )
+        backend = open_engine(directory, manifest, max_len=max_len, batch_size=batch_size)
+    else:
+        from orin_kit.runtime.backends.onnx import OnnxBackend
+
+        backend = OnnxBackend(directory, max_len=max_len, batch_size=batch_size, threads=threads, provider=provider)
     runtime = Runtime(directory, manifest, backend, tokenizer, time.perf_counter() - started)
     if adapter is not None:
         runtime.set_adapter(adapter)

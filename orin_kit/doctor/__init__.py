@@ -1,0 +1,1 @@
+"""Is this machine ready to run a model, and what would mend it."""
