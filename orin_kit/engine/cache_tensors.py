@@ -13,7 +13,7 @@ from pathlib import Path
 from orin_kit.engine.plan import past_of
 from orin_kit.engine.trt import CacheLayer
 from orin_kit.errors import ArtifactError
-from orin_kit.inspect.onnx_file import _message, _text
+from orin_kit.inspect.onnx_file import message_of, text_of
 
 CHAIN = (("Where", 1), ("Transpose", 0), ("GatherND", 0), ("Transpose", 0))  # operator, and which input to follow
 Node = tuple[str, tuple[str, ...]]  # operator, inputs
@@ -48,11 +48,11 @@ def cache_layers(path: Path) -> list[CacheLayer]:
 def _read(path: Path) -> tuple[dict[str, Node], list[str]]:
     """The node that each tensor comes from, and the graph's outputs."""
     with path.open("rb") as stream:
-        model = _message(memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)))
-    graph = _message(model[7][0])
+        model = message_of(memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)))
+    graph = message_of(model[7][0])
     producers: dict[str, Node] = {}
-    for node in map(_message, graph.get(1, ())):
+    for node in map(message_of, graph.get(1, ())):
         inputs = tuple(str(name, "utf-8") for name in node.get(1, ()))
         for name in node.get(2, ()):
-            producers[str(name, "utf-8")] = (_text(node, 4), inputs)
-    return producers, [_text(_message(value), 1) for value in graph.get(12, ())]
+            producers[str(name, "utf-8")] = (text_of(node, 4), inputs)
+    return producers, [text_of(message_of(value), 1) for value in graph.get(12, ())]

@@ -128,17 +128,17 @@ def _check_external(directory: Path, model: OnnxFile) -> None:
 
 
 def _read_model(view: memoryview) -> OnnxFile:
-    model = _message(view)
-    ir_version, graph = int(model[1][0]), _message(model[7][0])
+    model = message_of(view)
+    ir_version, graph = int(model[1][0]), message_of(model[7][0])
     packed: dict[str, tuple[int | None, int]] = {}
-    initializers = tuple(_initializer(_message(tensor)) for tensor in graph.get(5, ()))
+    initializers = tuple(_initializer(message_of(tensor)) for tensor in graph.get(5, ()))
     stored = {tensor.name for tensor in initializers}  # older files list them among the inputs
     ops: Counter[tuple[str, str]] = Counter()
     _look_at_nodes(graph, ops, packed)
     return OnnxFile(
-        producer=_text(model, 2),
+        producer=text_of(model, 2),
         ir_version=ir_version,
-        opsets={_text(opset, 1): int(opset.get(2, [0])[0]) for opset in map(_message, model.get(8, ()))},
+        opsets={text_of(opset, 1): int(opset.get(2, [0])[0]) for opset in map(message_of, model.get(8, ()))},
         ops=ops,
         inputs=tuple(value for value in map(_value, graph.get(11, ())) if value.name not in stored),
         outputs=tuple(map(_value, graph.get(12, ()))),
@@ -148,15 +148,15 @@ def _read_model(view: memoryview) -> OnnxFile:
 
 def _look_at_nodes(graph: Message, ops: Counter[tuple[str, str]], packed: dict[str, tuple[int | None, int]]) -> None:
     """Count the operators, and note the bits and group sizes of what is read as packed weights."""
-    for node in map(_message, graph.get(1, ())):
-        op = "" if (domain := _text(node, 7)) == "ai.onnx" else domain, _text(node, 4)
+    for node in map(message_of, graph.get(1, ())):
+        op = "" if (domain := text_of(node, 7)) == "ai.onnx" else domain, text_of(node, 4)
         ops[op] += 1
         numbers: dict[str, int] = {}
-        for attribute in map(_message, node.get(5, ())):
+        for attribute in map(message_of, node.get(5, ())):
             if 3 in attribute:
-                numbers[_text(attribute, 1)] = int(attribute[3][-1])
+                numbers[text_of(attribute, 1)] = int(attribute[3][-1])
             for subgraph in attribute.get(6, []) + attribute.get(11, []):
-                _look_at_nodes(_message(subgraph), ops, packed)
+                _look_at_nodes(message_of(subgraph), ops, packed)
         if op in PACKED_INPUTS:
             place, bits, group = PACKED_INPUTS[op]
             packed[str(node[1][place], "utf-8")] = numbers.get("bits", bits), numbers.get(group, 0)
@@ -176,29 +176,29 @@ def _as_packed(tensor: Initializer, packed: dict[str, tuple[int | None, int]]) -
 
 
 def _value(view: memoryview) -> Value:
-    value = _message(view)
-    tensor = _message(_message(value[2][0])[1][0])
-    dims = [_message(dim) for dim in _message(tensor[2][0]).get(1, ())] if 2 in tensor else []
-    shape = tuple(int(dim[1][0]) if 1 in dim else _text(dim, 2) or "?" for dim in dims)
-    return Value(_text(value, 1), DTYPES[tensor[1][0]][0], shape)
+    value = message_of(view)
+    tensor = message_of(message_of(value[2][0])[1][0])
+    dims = [message_of(dim) for dim in message_of(tensor[2][0]).get(1, ())] if 2 in tensor else []
+    shape = tuple(int(dim[1][0]) if 1 in dim else text_of(dim, 2) or "?" for dim in dims)
+    return Value(text_of(value, 1), DTYPES[tensor[1][0]][0], shape)
 
 
 def _initializer(tensor: Message) -> Initializer:
     shape = tuple(_integers(tensor.get(1, ())))
     dtype, bits = DTYPES[tensor[2][0]]
     size = -(-math.prod(shape) * bits // 8)
-    name = _text(tensor, 8)
+    name = text_of(tensor, 8)
     if tensor.get(14, [0])[0] != EXTERNAL:
         if 9 in tensor and len(tensor[9][0]) != size:
             raise ValueError(f"{name} has {len(tensor[9][0])} bytes, its shape says {size}")
         return Initializer(name, dtype, shape, size)
-    where = {_text(entry, 1): _text(entry, 2) for entry in map(_message, tensor.get(13, ()))}
+    where = {text_of(entry, 1): text_of(entry, 2) for entry in map(message_of, tensor.get(13, ()))}
     if int(where.get("length", size)) != size:
         raise ValueError(f"{name} has {where['length']} bytes, its shape says {size}")
     return Initializer(name, dtype, shape, size, where["location"], int(where.get("offset", 0)))
 
 
-def _text(message: Message, number: int) -> str:
+def text_of(message: Message, number: int) -> str:
     return str(message[number][-1], "utf-8") if number in message else ""
 
 
@@ -214,7 +214,7 @@ def _integers(values: Any) -> Iterator[int]:
             yield number
 
 
-def _message(view: memoryview) -> Message:
+def message_of(view: memoryview) -> Message:
     """A message's fields by number, in order; texts, bytes and messages as views."""
     fields: Message = {}
     at = 0

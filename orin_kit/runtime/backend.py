@@ -16,7 +16,7 @@ class Backend(Protocol):
 
     The cache holds the keys and values of layers that attend, and the states of layers that convolve.
 
-    Implementations: `backends/onnx.py` (onnxruntime), later `backends/tensorrt.py`.
+    Implementations: `backends/onnx.py` (onnxruntime), `backends/tensorrt.py`.
     """
 
     name: str  # what runs, for reports: "onnxruntime 1.32.0 CPUExecutionProvider, 2 threads"
