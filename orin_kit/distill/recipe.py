@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from orin_kit.data.tasks import KINDS
 
@@ -308,6 +308,8 @@ class Recipe(Section):
             what it was trained on is rehearsed and watched for forgetting.
         bridge: "sequences" for a teacher with another tokenizer: it answers `data.questions`, and nothing else of it
             is compared.
+        precision: of multiplications while training. A file may also say "auto": bf16 on a GPU that has it and on a CPU
+            with AVX-512, else fp32; the recipe holds which.
         activation_checkpointing: compute activations again in the backward pass instead of keeping them.
         ema: decay of an exponential moving average of the weights, which is what is written; null for none.
     """
@@ -335,6 +337,11 @@ class Recipe(Section):
     test_items: Count = 300
     max_new_tokens: Count = 96
     evaluation_batch: Count = 128
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _precision_of_this_machine(cls, precision: Any) -> Any:
+        return fast_precision() if precision == "auto" else precision
 
     @model_validator(mode="before")
     @classmethod
@@ -424,3 +431,12 @@ class Recipe(Section):
     @property
     def total_steps(self) -> int:
         return sum(stage.steps for _, stage in self.running_stages())
+
+
+def fast_precision() -> Literal["bf16", "fp32"]:
+    """The precision that this machine multiplies fastest in: without AVX-512, torch's bf16 is far slower than fp32."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else "fp32"

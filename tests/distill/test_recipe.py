@@ -163,3 +163,14 @@ def test_yaml_and_hash_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid(path: Path) -> None:
     assert Recipe.load(path).total_steps > 0
+
+
+@pytest.mark.parametrize(("capability", "precision"), [("AVX2", "fp32"), ("AVX512", "bf16"), ("DEFAULT", "fp32")])
+def test_auto_is_what_this_machine_multiplies_fastest_in(
+    monkeypatch: pytest.MonkeyPatch, capability: str, precision: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    recipe = Recipe.parse({"teacher": None, "student": "s", "data": {"tasks": {"count": 1}}, "precision": "auto"})
+    assert recipe.precision == precision
+    assert f"precision: {precision}" in recipe.to_yaml()  # a resumed run keeps it

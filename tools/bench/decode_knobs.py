@@ -37,7 +37,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {
     "threads do not spin": ({}, {}, {"session.intra_op.allow_spinning": "0"}),
     "blocks handed out as they end": ({}, {}, {"session.dynamic_block_base": "4"}),
 }
-PROMPTS, CONTEXTS, STEPS, MAX_LEN = (128, 512), (128, 2048), 32, 2304
+PROMPTS, CONTEXTS, STEPS, MAX_LEN = (128, 512), (128, 1024), 32, 2304
 
 
 def make(name: str, options: argparse.Namespace) -> Path:
