@@ -130,8 +130,8 @@ class EmbeddingGather(OpRun):
     """Rows of a quantized table.
 
     Inputs: ids int64 `[batch, sequence]`; table and scales. Attributes: bits, group_size, hidden_size, layout: "rows"
-    has codes uint8 `[vocab, hidden * bits / 8]`, the first of two in the low bits, and scales fp16 `[vocab, hidden /
-    group_size]`; "int4_linear" has an `Int4Linear`'s weight and scales, that of a tied head. Output T `[batch,
+    has codes int32 `[vocab, hidden * bits / 32]`, the first of a word in its lowest bits, and scales fp16 `[vocab,
+    hidden / group_size]`; "int4_linear" has an `Int4Linear`'s weight and scales, that of a tied head. Output T `[batch,
     sequence, hidden]`, the attribute output_type: 10 (fp16) or 1 (fp32), as TensorProto numbers them.
     """
 
@@ -144,7 +144,7 @@ class EmbeddingGather(OpRun):
         if self.layout == "int4_linear":
             codes, scales = deinterleave(table)[ids.ravel()], scales.T
         else:
-            codes = table[ids.ravel()]
+            codes = np.ascontiguousarray(table[ids.ravel()]).view(np.uint8)
             if self.bits == 4:
                 codes = np.stack((codes & 15, codes >> 4), axis=-1).reshape(len(codes), -1)
         rows = _dense(codes, scales[ids.ravel()], middle=1 << self.bits - 1)

@@ -54,8 +54,9 @@ class TrtPluginDialect:
             how |= {"bits": 4, "group_size": head.group_size, "layout": "int4_linear"}
         else:
             bits, rows = graph.embedding_bits, spec.vocab_size
-            shape = (rows, spec.hidden_size * bits // 8)
-            table = graph.weight(f"{EMBEDDING}.weight_packed", shape, lambda: self._table[0], ir.DataType.UINT8)
+            # As words: TensorRT's ONNX parser makes an int32 of each uint8.
+            shape = (rows, spec.hidden_size * bits // 32)
+            table = graph.weight(f"{EMBEDDING}.weight_packed", shape, lambda: self._table[0], ir.DataType.INT32)
             shape = (rows, spec.hidden_size // EMBEDDING_GROUP)
             scales = graph.weight(f"{EMBEDDING}.weight_scale", shape, lambda: self._table[1], ir.DataType.FLOAT16)
             how |= {"bits": bits, "group_size": EMBEDDING_GROUP, "layout": "rows"}
@@ -161,7 +162,7 @@ class TrtPluginDialect:
     def _table(self) -> tuple[NDArray[Any], NDArray[Any]]:
         table = np.asarray(self.graph.tensors.embedding(), np.float32)
         packed = quantize_groups(table, EMBEDDING_GROUP, bits=self.graph.embedding_bits)
-        return packed.packed.view(np.uint8), packed.scales
+        return packed.packed, packed.scales
 
 
 def _in_pairs(weight: PackedWeight) -> PackedWeight:
