@@ -68,7 +68,7 @@ def build_emulator(
         own = [p for p in sources() if not only_emulator or p.suffix == ".cpp"]
         objects = list(pool.map(compiled, [*own, *extra]))
     names = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
-    return _made(cache / f"liborin_emulated-{names}.so", [compiler, "-shared", *map(str, objects)])
+    return _made(cache / f"liborin_emulated-{names}.so", [compiler, "-shared", "-Wl,-Bsymbolic", *map(str, objects)])
 
 
 def _made(target: Path, command: list[str]) -> Path:

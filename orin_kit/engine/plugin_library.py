@@ -51,7 +51,7 @@ class PluginLibrary:
         self.path = path
         mend = "build jetson/plugins on this machine and give its library with --plugins"
         try:
-            self._library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+            self._library = ctypes.CDLL(str(path))
         except OSError as error:
             raise UserError(f"the plugin library does not load: {error}", mend=mend) from error
         for name, (returned, arguments) in PROTOTYPES.items():

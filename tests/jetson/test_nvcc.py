@@ -56,9 +56,9 @@ def test_a_spilling_kernel_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", report.ARCHITECTURES)
-def test_no_kernel_spills(architecture: str) -> None:
-    rows = report.all_resources(compiler(), [architecture])
+def test_no_kernel_spills() -> None:
+    """For the Orin; `tools/kernel_resources.py` looks at all architectures."""
+    rows = report.all_resources(compiler(), ["sm_87"])
     assert {row.source for row in rows} <= {source.name for source in report.kernel_sources()}
     assert len(rows) >= 30
     assert report.faults(rows) == []

@@ -97,7 +97,8 @@ def test_transformers_loads_the_artifact(
     # compressed-tensors multiplies q and scale in fp16 for an fp16 checkpoint: half a unit in the last place each.
     torch.testing.assert_close(logits, expected, rtol=0, atol=float(expected.abs().max()) * 2e-3)
     plain = model(ids).logits
-    assert 0 < (logits - plain).square().mean() / plain.square().mean() < 0.2
+    # 4 bits of random weights change logits by 0.05 to 0.2 of their square; those of another model would by 2.
+    assert 0 < (logits - plain).square().mean() / plain.square().mean() < 0.5
 
     tied = model.config.tie_word_embeddings and not lm_head
     assert loaded.config.tie_word_embeddings == tied

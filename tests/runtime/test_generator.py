@@ -212,7 +212,7 @@ def conversations(rng: np.random.Generator, said: list[int], ids: list[int]) -> 
     """The next prompts there can be: the chat goes on, an old turn is edited, or a new chat begins."""
     fresh = rng.integers(0, 50, rng.integers(1, 10)).tolist()
     yield (ids + said + fresh)[:55]
-    yield ids[: rng.integers(0, len(ids))] + fresh
+    yield (ids[: rng.integers(0, len(ids))] + fresh)[:55]
     yield fresh
     yield list(ids)
 
