@@ -29,9 +29,12 @@ def configs(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
         conv = dict(conv_L_cache=draw(st.integers(2, 6)), conv_bias=draw(st.booleans()), block_auto_adjust_ff_dim=False)
         return "conv", {**sizes, **conv, "tie_word_embeddings": draw(st.booleans())}
     head_dim, heads = draw(st.sampled_from([64, 128])), kv_heads * draw(st.integers(1, 4))
+    heads = heads if heads * head_dim % 128 == 0 else 2 * heads  # o_proj's width, for the plugins
+    if heads % 3 == 0:
+        sizes["hidden_size"] = 384  # LlamaConfig wants a multiple of the heads
     attention = dict(
         num_key_value_heads=kv_heads,
-        num_attention_heads=heads if heads * head_dim % 128 == 0 else 2 * heads,  # o_proj's width, to the plugins
+        num_attention_heads=heads,
         head_dim=head_dim,
         tie_word_embeddings=draw(st.booleans()),
     )
